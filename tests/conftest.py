@@ -1,0 +1,18 @@
+"What the tests share: two threads, and one small folder of rendered devices."
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("agg")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    "Rendered 256x256 devices: two for pre-training, two labelled ones (one image of each for calibration), one new."
+    from aoi_ssl.synthetic import render_folder
+
+    return render_folder(
+        tmp_path_factory.mktemp("rendered") / "devices", devices=2, pretrain_devices=2, new_devices=1, images=4, calibration=1, size=256, progress=False
+    )

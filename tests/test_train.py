@@ -1,0 +1,185 @@
+"The loop: budgets, schedule, resume, early stop, broken losses."
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from aoi_ssl.core import AoiError
+from aoi_ssl.train import Budget, fit, lr_factor, parse_budget
+
+
+def batch(index):
+    g = torch.Generator().manual_seed(index)
+    x = torch.randn(8, 3, generator=g)
+    return {"x": x, "y": x.sum(1, keepdim=True)}
+
+
+def loss(model, b):
+    noise = 0.01 * torch.randn_like(b["y"])  # drawn from the step's seed
+    return ((model(b["x"]) - b["y"] + noise) ** 2).mean()
+
+
+def start(lr=0.05):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.GELU(), nn.Linear(8, 1))
+    return model, torch.optim.AdamW(model.parameters(), lr=lr)
+
+
+def test_one_seed_one_result_another_seed_another():
+    results = [fit(*_args(), budget="20 steps", seed=s, progress=False).loss for s in (0, 0, 1)]
+    assert results[0].equals(results[1]) and not results[0].equals(results[2])
+
+
+def _args():
+    model, optimizer = start()
+    return model, loss, batch, optimizer
+
+
+@pytest.mark.parametrize("stop", [1, 7, 10, 19])
+def test_a_run_killed_at_any_step_resumes_to_the_same_losses(tmp_path, stop):
+    model, optimizer = start()
+    whole = fit(model, loss, batch, optimizer, budget="20 steps", progress=False)
+
+    def interrupted(index):
+        if index == stop - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(index)
+
+    file = tmp_path / "run.checkpoint"
+    broken, optimizer = start()
+    with pytest.raises(KeyboardInterrupt, match=f"after step {stop}.*resume"):
+        fit(broken, loss, interrupted, optimizer, budget="20 steps", checkpoint=file, progress=False)
+    again, optimizer = start()
+    resumed = fit(again, loss, batch, optimizer, budget="20 steps", checkpoint=file, resume=True, progress=False)
+    assert resumed.loss.equals(whole.loss)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_of_another_run_or_a_broken_one_is_refused(tmp_path):
+    file = tmp_path / "run.checkpoint"
+    model, optimizer = start()
+    fit(model, loss, batch, optimizer, budget="5 steps", checkpoint=file, progress=False)
+    with pytest.raises(AoiError, match="belongs to a run"):
+        fit(model, loss, batch, optimizer, budget="5 steps", seed=1, checkpoint=file, resume=True, progress=False)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(AoiError, match="cannot be read"):
+        fit(model, loss, batch, optimizer, budget="5 steps", checkpoint=file, resume=True, progress=False)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    file = tmp_path / "run.checkpoint"
+    model, optimizer = start()
+    fit(model, loss, batch, optimizer, budget="5 steps", checkpoint=file, progress=False)
+    before = file.read_bytes()
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        fit(model, loss, batch, optimizer, budget="5 steps", checkpoint=file, progress=False)
+    assert file.read_bytes() == before and os.listdir(tmp_path) == ["run.checkpoint"]
+
+
+def test_the_schedule_anneals_to_the_end_of_a_wall_clock_budget():
+    model, optimizer = start()
+    history = fit(model, loss, batch, optimizer, budget="0.5s", progress=False)
+    assert history.lr.iloc[-1] < 0.1 * history.lr.max()
+    assert 0.5 <= history.seconds.iloc[-1] < 2.0
+
+
+def test_the_schedule_uses_every_step():
+    model, optimizer = start(lr=1.0)
+    lr = fit(model, loss, batch, optimizer, budget="20 steps", warmup=0.1, progress=False).lr
+    assert lr.min() > 0 and lr.idxmax() == 2 and lr.iloc[2:].is_monotonic_decreasing
+    assert lr_factor(0.55, warmup=0.1) == pytest.approx(0.5)
+
+
+def test_every_group_keeps_its_own_rate():
+    model, _ = start()
+    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[3].parameters(), "lr": 0.2}]
+    optimizer = torch.optim.AdamW(groups)
+    fit(model, loss, batch, optimizer, budget="3 steps", progress=False)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[1]["lr"] / 2)
+
+
+def test_early_stopping_restores_the_best_weights():
+    seen = []
+
+    def validate(model):
+        seen.append(model[3].bias.item())
+        return {"score": -abs(len(seen) - 2)}
+
+    model, optimizer = start()
+    history = fit(model, loss, batch, optimizer, budget="100 steps", validate=validate, validations=10, patience=3, progress=False)
+    assert len(seen) == 5 and len(history) == 50
+    assert model[3].bias.item() == seen[1] and not model.training
+
+
+def test_patience_longer_than_the_run_is_refused():
+    model, optimizer = start()
+    with pytest.raises(AoiError, match="can never run out"):
+        fit(model, loss, batch, optimizer, budget="10 steps", validate=lambda m: {"score": 0}, validations=5, patience=5)
+    with pytest.raises(AoiError, match="nothing to validate on"):
+        fit(model, loss, batch, optimizer, budget="10 steps", patience=2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    model, optimizer = start()
+    with pytest.raises(AoiError, match="nan at step 13"):
+        fit(model, lambda m, b: loss(m, b) * b["scale"], lambda i: {**batch(i), "scale": torch.tensor(math.nan if i == 13 else 1.0)},
+            optimizer, budget="40 steps", progress=False)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5s", "0", "1.5 steps", "10 parsecs"])
+def test_what_is_no_budget(text):
+    with pytest.raises(AoiError):
+        parse_budget(text)
+
+
+def test_a_budget_is_one_thing():
+    with pytest.raises(AoiError, match="exactly one"):
+        Budget(seconds=1, steps=1)
+    with pytest.raises(AoiError, match="resolve"):
+        Budget(epochs=1).progress(0, 0)
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    "Two CPU processes with batches of 4 see what one process sees with batches of 8."
+    script = tmp_path / "two.py"
+    script.write_text(textwrap.dedent("""
+        import sys, torch
+        from torch import nn
+        from accelerate import PartialState
+        from aoi_ssl.train import fit
+
+        per = 8 // PartialState(cpu=True).num_processes
+
+        def batch(index):
+            rows = torch.arange(index * per, (index + 1) * per)
+            x = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(int(r))) for r in rows])
+            return {"x": x, "y": x.sum(1, keepdim=True)}
+
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        fit(model, lambda m, b: ((m(b["x"]) - b["y"]) ** 2).mean(), batch, torch.optim.SGD(model.parameters(), lr=0.1), budget="8 steps", progress=False)
+        if PartialState().is_main_process:
+            torch.save(model.state_dict(), sys.argv[1])
+    """))
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", str(script), str(out)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        results.append(torch.load(out, weights_only=True))
+    torch.testing.assert_close(*results)
