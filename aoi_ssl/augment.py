@@ -37,10 +37,10 @@ def stretch_contrast(
     means = images.mean(dim=(-2, -1), keepdim=True)
     return torch.lerp(means, images, factors[..., None, None])
 
-# %% ../nbs/api/05_augment.ipynb #d0d64ec2
+# %% ../nbs/api/05_augment.ipynb #e31303d9
 @dataclass(frozen=True)
 class Augment:
-    "The paper's augmentations: flips, quarter turns, blur, contrast jitter, noise (section 4.1). 0 or False leaves one out."
+    "The paper's augmentations: flips, quarter turns, blur, contrast jitter, noise. 0 or False leaves one out."
 
     flips: bool = True  # left to right, top to bottom: each for half of the images
     turns: bool = True  # by 0, 90, 180 or 270 degrees; needs square crops
@@ -50,7 +50,7 @@ class Augment:
 
     def __post_init__(self):
         if not (0 <= self.blur <= 50 and 0 <= self.contrast <= 1 and 0 <= self.noise <= 1):
-            raise AoiError(f"{self} is out of range; blur in 0 .. 50 pixels, contrast and noise in 0 .. 1 were expected.")
+            raise AoiError(f"{self} is out of range; blur in 0 .. 50 pixels, contrast and noise in 0 .. 1 expected.")
 
     def __call__(
         self,
@@ -62,8 +62,8 @@ class Augment:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # image in [0, 1]; mask and ignore moved with it
         "Augment a batch. Raises `AoiError` if quarter turns are asked for and the crops are not square."
         if self.turns and image.shape[-1] != image.shape[-2]:
-            raise AoiError(f"Crops of {image.shape[-2]} x {image.shape[-1]} cannot be turned by 90 degrees in a batch. "
-                           "Use square crops, or Augment(turns=False).")
+            raise AoiError(f"Crops of {image.shape[-2]} x {image.shape[-1]} cannot be turned by 90 degrees in a batch; "
+                           "square ones were expected. Use square crops, or Augment(turns=False).")
         draw = torch.Generator().manual_seed(seed)
         flip = torch.randint(4, (len(image),), generator=draw) * self.flips
         turn = torch.randint(4, (len(image),), generator=draw) * self.turns
@@ -87,6 +87,7 @@ class Augment:
             chosen = blurred.to(image.device)
             image[chosen] = gaussian_blur2d(image[chosen], (side, side), sigma[:, None].expand(-1, 2))
         if self.noise and noisy.any():
-            grain = torch.randn((int(noisy.sum()), *image.shape[1:]), generator=draw) * (self.noise * strength[noisy])[:, None, None, None]
+            level = (self.noise * strength[noisy])[:, None, None, None]
+            grain = torch.randn((len(level), *image.shape[1:]), generator=draw) * level
             image[noisy.to(image.device)] += grain.to(image)
         return image.clamp_(0, 1)

@@ -94,7 +94,7 @@ def write_json(
     with atomic_path(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
-# %% ../nbs/api/00_core.ipynb #ffebd992
+# %% ../nbs/api/00_core.ipynb #2fe53c29
 def read_json(
     path: str | Path,  # the file to read
 ) -> dict:  # its value
@@ -107,7 +107,7 @@ def read_json(
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise AoiError(f"{path} cannot be read as JSON ({e}). Restore it from a copy, or make it again.") from e
     if not isinstance(value, dict):
-        raise AoiError(f"{path} holds a {type(value).__name__}; a JSON object was expected. Restore it, or make it again.")
+        raise AoiError(f"{path} holds a {type(value).__name__}; a JSON object was expected. Make it again.")
     return value
 
 # %% ../nbs/api/00_core.ipynb #7f0307c6
@@ -118,7 +118,7 @@ def step_seed(
     digest = hashlib.blake2b(",".join(str(int(p)) for p in parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
-# %% ../nbs/api/00_core.ipynb #f6df6ef6
+# %% ../nbs/api/00_core.ipynb #66f0ee4a
 def require_transformers() -> None:
     "Raise `AoiError` with the remedy if an installed torchvision would break the import of transformers."
     if importlib.util.find_spec("torchvision") is None:
@@ -127,6 +127,6 @@ def require_transformers() -> None:
         importlib.import_module("torchvision")
     except Exception as e:
         raise AoiError(
-            f"The installed torchvision cannot be loaded next to this torch ({type(e).__name__}: {e}), and transformers breaks "
-            "on it. aoi_ssl does not need it: run `pip uninstall torchvision`, or install the one made for your torch."
+            f"The installed torchvision cannot be loaded next to this torch ({type(e).__name__}: {e}), and transformers "
+            "breaks on it. aoi_ssl does not need it: run `pip uninstall torchvision`, or install the one for your torch."
         ) from e

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core import AoiError
 
-# %% ../nbs/api/03_metrics.ipynb #0d490f82
+# %% ../nbs/api/03_metrics.ipynb #2a1285b5
 def binary_counts(
     pred: Tensor,  # (K, H, W) or (B, K, H, W) bool, the predicted masks
     target: Tensor,  # the same shape, bool, the labels
@@ -22,7 +22,7 @@ def binary_counts(
 ) -> Tensor:  # (K, 3) int64: true positives, false positives, false negatives of each class
     """Count hits, false alarms and misses per class, summed over all the pixels and images.
 
-    Raises `AoiError` if a mask is not bool (probabilities or logits must be compared with thresholds first) or shapes differ."""
+    Raises `AoiError` if a mask is not bool (compare probabilities with thresholds first) or the shapes differ."""
     pred, target = torch.as_tensor(pred), torch.as_tensor(target)
     judged = torch.ones((), dtype=torch.bool, device=pred.device) if ignore is None else ~_same("ignore", ignore, pred)
     _same("target", target, pred)
@@ -40,12 +40,12 @@ def _same(name: str, value: Tensor, pred: Tensor) -> Tensor:
     value = torch.as_tensor(value)
     if value.dtype != torch.bool or value.shape != pred.shape:
         raise AoiError(
-            f"{name} is {value.dtype} of shape {tuple(value.shape)}; bool of the prediction's shape {tuple(pred.shape)} was "
-            "expected. Convert it to a multi-label bool mask, one plane a class."
+            f"{name} is {value.dtype} of shape {tuple(value.shape)}; bool of the shape of the prediction, "
+            f"{tuple(pred.shape)}, was expected. Convert it to a multi-label bool mask, one plane a class."
         )
     return value
 
-# %% ../nbs/api/03_metrics.ipynb #23d86dea
+# %% ../nbs/api/03_metrics.ipynb #39f5b614
 def counts_frame(
     counts: Tensor,  # (K, 3) from `binary_counts`
     classes: Sequence[str],  # K names
@@ -55,24 +55,24 @@ def counts_frame(
     counts = torch.as_tensor(counts)
     if counts.shape != (len(classes), 3):
         raise AoiError(
-            f"The counts have shape {tuple(counts.shape)}; ({len(classes)}, 3) was expected for the classes {list(classes)}. "
+            f"The counts have shape {tuple(counts.shape)}; ({len(classes)}, 3) was expected for {list(classes)}. "
             "Pass the counts of one `binary_counts` call, and its classes in the same order."
         )
     tp, fp, fn = counts.T.tolist()
     return pd.DataFrame({**labels, "class": list(classes), "tp": tp, "fp": fp, "fn": fn})
 
-# %% ../nbs/api/03_metrics.ipynb #6f626566
+# %% ../nbs/api/03_metrics.ipynb #882f6d9b
 def scores(
     frame: pd.DataFrame,  # rows of `counts_frame`, concatenated
-    by: Sequence[str] | str = ("class",),  # one row of the result for each value of these columns; () for one row in all
+    by: Sequence[str] | str = ("class",),  # a row of the result for each value of these columns; () for one in all
 ) -> pd.DataFrame:  # the `by` columns, tp, fp, fn, support (= tp + fn), iou, dice, precision, recall
     """Sum the counts of each group, then divide.
 
-    IoU and Dice are NaN only where tp + fp + fn = 0: the class is absent and was never predicted. Raises `AoiError` if a column
-    is missing."""
+    IoU and Dice are NaN only where tp + fp + fn = 0: the class is absent and was never predicted.
+    Raises `AoiError` if a column is missing."""
     by = [by] if isinstance(by, str) else list(by)
     if missing := [c for c in (*by, "tp", "fp", "fn") if c not in frame.columns]:
-        raise AoiError(f"The frame has no column {missing}; it has {list(frame.columns)}. Pass rows made by `counts_frame`.")
+        raise AoiError(f"The frame has no column {missing}, but {list(frame.columns)}. Pass rows of `counts_frame`.")
     numbers = frame[["tp", "fp", "fn"]]
     if by:
         table = numbers.groupby([frame[c] for c in by], sort=False, dropna=False).sum().reset_index()
@@ -102,7 +102,7 @@ def mean_iou(
 # %% ../nbs/api/03_metrics.ipynb #b483b33e
 THRESHOLDS = torch.arange(1, 50) / 50  # 0.02, 0.04 ... 0.98: the grid that thresholds are chosen from
 
-# %% ../nbs/api/03_metrics.ipynb #a0e4e632
+# %% ../nbs/api/03_metrics.ipynb #12de36a5
 def threshold_counts(
     probabilities: Tensor,  # (K, H, W) or (B, K, H, W) in [0, 1]
     target: Tensor,  # the same shape, bool
@@ -121,24 +121,26 @@ def threshold_counts(
         raise AoiError(f"The thresholds {thresholds.tolist()} do not rise. Sort them and remove doubles.")
     if p.numel() and not (p.min() >= 0 and p.max() <= 1):
         raise AoiError(
-            f"Probabilities reach from {p.min():.3g} to {p.max():.3g}; [0, 1] was expected. Pass logits through a sigmoid first."
+            f"Probabilities reach from {p.min():.3g} to {p.max():.3g}; [0, 1] was expected. "
+            "Pass logits through a sigmoid first."
         )
-    k = p.ndim - 3
-    planes = [(p.select(k, c), target.select(k, c), None if ignore is None else ignore.select(k, c)) for c in range(p.shape[k])]
-    return torch.stack([_class_counts(*plane, thresholds) for plane in planes], dim=1)
+    judged = [p, target] if ignore is None else [p, target, ~ignore]
+    classes = zip(*(x.unbind(p.ndim - 3) for x in judged), strict=True)
+    return torch.stack([_class_counts(thresholds, *planes) for planes in classes], dim=1)
 
 
-def _class_counts(p: Tensor, target: Tensor, ignore: Tensor | None, thresholds: Tensor) -> Tensor:
+def _class_counts(thresholds: Tensor, *planes: Tensor) -> Tensor:
     bins = len(thresholds) + 1
-    histogram = torch.zeros(2 * bins, dtype=torch.int64, device=p.device)
-    for rows in zip(*(x.flatten().split(2**22) for x in (p, target) + (() if ignore is None else (~ignore,)))):
-        bin_ = torch.bucketize(rows[0], thresholds, out_int32=True) + bins * rows[1]
-        histogram += torch.bincount(bin_ if ignore is None else bin_[rows[2]], minlength=2 * bins)
-    tail = histogram.reshape(2, bins).flip(1).cumsum(1).flip(1)  # how many pixels lie in this bin or above
+    histogram = torch.zeros(2 * bins + 1, dtype=torch.int64, device=thresholds.device)  # the last: ignored
+    for p, target, *judged in zip(*(x.flatten().split(2**22) for x in planes), strict=True):
+        bin_ = torch.bucketize(p, thresholds, out_int32=True).add_(target.int(), alpha=bins)
+        bin_ = torch.where(judged[0], bin_, 2 * bins) if judged else bin_
+        histogram += torch.bincount(bin_, minlength=2 * bins + 1)
+    tail = histogram[:-1].reshape(2, bins).flip(1).cumsum(1).flip(1)  # how many pixels lie in this bin or above
     tp, fp, positives = tail[1, 1:], tail[0, 1:], tail[1, 0]
     return torch.stack([tp, fp, positives - tp], dim=-1)
 
-# %% ../nbs/api/03_metrics.ipynb #877ee86f
+# %% ../nbs/api/03_metrics.ipynb #230b3dfb
 def best_thresholds(
     counts: Tensor,  # (T, K, 3) from `threshold_counts`, summed over the calibration images
     thresholds: Tensor = THRESHOLDS,  # (T,) those that were counted
@@ -148,7 +150,7 @@ def best_thresholds(
     A class with IoU 0 at every threshold (above all: one without positive pixels) gets 1.0 and is never predicted."""
     counts, thresholds = torch.as_tensor(counts), torch.as_tensor(thresholds)
     if counts.shape[0] != len(thresholds):
-        raise AoiError(f"Counts for {counts.shape[0]} thresholds came with {len(thresholds)} thresholds; pass those counted.")
+        raise AoiError(f"Counts for {len(counts)} came with {len(thresholds)} thresholds. Pass those counted.")
     tp, total = counts[..., 0].double(), counts.sum(-1).double()
     best = torch.ones(counts.shape[1], dtype=thresholds.dtype)
     for c, iou in enumerate((tp / total.clamp(min=1)).T):

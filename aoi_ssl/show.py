@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'ERROR_COLOURS', 'class_colour', 'Picture', 'false_colour', 'lights', 'overlay', 'compare', 'errors',
            'similarity_map', 'similarity', 'neighbours', 'reconstruction', 'curves', 'score_chart']
 
-# %% ../nbs/api/12_show.ipynb #140bd346
+# %% ../nbs/api/12_show.ipynb #e5a19f04
 import colorsys
 import math
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextToPath
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
@@ -48,7 +49,7 @@ def class_colour(
     colour, paler = to_rgb(PALETTE[index % len(PALETTE)]), 0.5 ** (index // len(PALETTE))
     return tuple(1 - (1 - c) * paler for c in colour)
 
-# %% ../nbs/api/12_show.ipynb #8cdda715
+# %% ../nbs/api/12_show.ipynb #b8d29f9b
 class Picture(Figure):
     "A matplotlib figure that a notebook shows once, with its description in words (`alt`)."
 
@@ -56,7 +57,11 @@ class Picture(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = BytesIO()
-        self.savefig(buffer, format="png")
+        self.savefig(buffer, format="png", dpi=_DPI)
+        if any(axes.images for axes in self.axes):
+            colours = Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
+            buffer = BytesIO()
+            colours.save(buffer, "PNG", optimize=True)
         return buffer.getvalue()
 
 # %% ../nbs/api/12_show.ipynb #6925403a
@@ -164,36 +169,48 @@ def _wrap(text: str, width: float, points: float = 9) -> list[str]:
         lines.append(line)
     return lines
 
-# %% ../nbs/api/12_show.ipynb #eee19695
+# %% ../nbs/api/12_show.ipynb #fe6385b7
+def _text(figure: Figure, x: float, y: float, text: str, *, size: float = 9, **how) -> None:
+    "Write at a place in pixels from the lower left corner."
+    wide, high = figure.get_size_inches() * _DPI
+    figure.text(x / wide, y / high, text, fontsize=size, color=_INK, parse_math=False, **how)
+
+
+def _panel(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    "Empty axes at a place in pixels from the lower left corner."
+    wide, high = figure.get_size_inches() * _DPI
+    place = (x / wide, y / high, width / wide, height / high)
+    return figure.add_axes(place, xticks=[], yticks=[], frame_on=False)
+
+
 def _legend(
     figure: Figure,  # to draw on
-    entries: Sequence[tuple[str, tuple, bool]],  # text, colour, and whether it is hatched
+    entries: Sequence[tuple[str, tuple, str]],  # text, colour, and "pale", "solid" or "hatched"
     *,
     draw: bool = True,  # False only measures
 ) -> int:  # pixels that the legend is high
     "Swatches with their names along the lower edge, in as many lines as they need."
     pixels = figure.get_size_inches() * _DPI
     places, x, row = [], _EDGE, 0
-    for text, colour, hatched in entries:
+    for text, colour, fill in entries:
         wide = 20 + _text_width(text, 9) + 16
         if x > _EDGE and x + wide > pixels[0]:
             x, row = _EDGE, row + 1
-        places.append((text, colour, hatched, x, row))
+        places.append((text, colour, fill, x, row))
         x += wide
     high = (row + 1) * 20 if entries else 0
-    for text, colour, hatched, x, row in places if draw else ():
+    for text, colour, fill, x, row in places if draw else ():
         y = _EDGE + high - 20 * (row + 1)
         box = Rectangle(
             (x / pixels[0], (y + 3) / pixels[1]), 14 / pixels[0], 12 / pixels[1], transform=figure.transFigure,
-            facecolor=(*to_rgb(colour), 0.35), edgecolor=colour, linewidth=1.5, hatch="////" if hatched else None,
+            facecolor=(*to_rgb(colour), 1 if fill == "solid" else 0.35), edgecolor=colour, linewidth=1.5,
+            hatch="////" if fill == "hatched" else None,
         )
         figure.add_artist(box)
-        figure.text(
-            (x + 20) / pixels[0], (y + 9) / pixels[1], text, fontsize=9, color=_INK, va="center_baseline", parse_math=False
-        )
+        _text(figure, x + 20, y + 9, text, va="center_baseline")
     return high
 
-# %% ../nbs/api/12_show.ipynb #116d8a79
+# %% ../nbs/api/12_show.ipynb #d4c4bcc4
 def _sheet(
     titles: Sequence[str],  # the headings of the panels, row by row
     columns: int,  # panels in a row
@@ -201,7 +218,7 @@ def _sheet(
     *,
     width: float,  # inches of the whole figure
     title: str | None = None,  # over all
-    legend: Sequence[tuple[str, tuple, bool]] = (),  # text, colour, hatched
+    legend: Sequence[tuple[str, tuple, str]] = (),  # text, colour, fill
     strip: int = 0,  # pixels kept free above the legend
     alt: str = "",  # the picture in words
     tall: int = 1000,  # pixels that the panels may be high, together
@@ -210,7 +227,7 @@ def _sheet(
     pixels, columns = round(width * _DPI), max(1, min(columns, len(titles)))
     slot = (pixels - 2 * _EDGE - _GAP * (columns - 1)) // columns
     if slot < 24:
-        raise AoiError(f"width={width} leaves {slot} pixels for each of {columns} columns; 24 are needed. Make it wider.")
+        raise AoiError(f"width={width} leaves {slot} pixels a panel, {columns} in a row; 24 are needed. Make it wider.")
     rows = [titles[i : i + columns] for i in range(0, len(titles), columns)]
     scale = min(slot / shape[1], max(tall / len(rows), 24) / shape[0])
     h, w = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
@@ -221,36 +238,30 @@ def _sheet(
     total = top + sum(heads) + len(rows) * (h + _GAP) + foot
     figure.set_size_inches(pixels / _DPI, total / _DPI)
     if title:
-        lines = "\n".join(_wrap(title, pixels - 2 * _EDGE, 11))
-        figure.text(_EDGE / pixels, 1 - _EDGE / total, lines, fontsize=11, color=_INK, va="top", weight="bold", parse_math=False)
+        words = "\n".join(_wrap(title, pixels - 2 * _EDGE, 11))
+        _text(figure, _EDGE, total - _EDGE, words, size=11, va="top", weight="bold")
     axes, y = [], total - top
     for row, head in zip(rows, heads, strict=True):
         y -= head + h
         for i, text in enumerate(row):
             x = _EDGE + i * (slot + _GAP) + (slot - w) // 2
-            axes.append(figure.add_axes((x / pixels, y / total, w / pixels, h / total), xticks=[], yticks=[], frame_on=False))
-            words = "\n".join(_wrap(text, slot))
-            figure.text((x + w / 2) / pixels, (y + h + 4) / total, words, fontsize=9, color=_INK, ha="center", parse_math=False)
+            axes.append(_panel(figure, x, y, w, h))
+            _text(figure, x + w / 2, y + h + 4, "\n".join(_wrap(text, slot)), ha="center")
         y -= _GAP
     _legend(figure, legend)
-    figure.alt = alt
+    small = f" {shape[1]} x {shape[0]} pixels, shown at 1:{1 / scale:.1f}." if scale < 1 else ""
+    figure.alt = alt + small
     return figure, axes, (h, w)
 
-# %% ../nbs/api/12_show.ipynb #f6bbf270
-def _scale_note(shape: tuple[int, int], size: tuple[int, int]) -> str:
-    "How the image and its picture compare, if it is shown smaller than it is."
-    return f" ({shape[1]} x {shape[0]} pixels, shown at 1:{shape[0] / size[0]:.1f})" if shape[0] > size[0] else ""
-
-# %% ../nbs/api/12_show.ipynb #128f77b9
+# %% ../nbs/api/12_show.ipynb #294d128e
 def false_colour(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
 ) -> np.ndarray:  # (H, W, 3) in [0, 1]; grey where all lights agree
-    "All lights in one colour image. Two lights are orange and blue, three are red, green and blue, more are evenly spaced hues."
+    "All lights in one colour image: two are orange and blue, three red, green and blue, more are evenly spaced hues."
     image = _image(image)
-    if len(image) == 2:
-        weights = np.array([[1, 0.6, 0.1], [0, 0.4, 0.9]])
-    else:
-        weights = np.array([colorsys.hsv_to_rgb(c / len(image), 1, 1) for c in range(len(image))]) if len(image) > 1 else np.ones((1, 3))
+    weights = np.array([colorsys.hsv_to_rgb(c / len(image), 1, 1) for c in range(len(image))])
+    if len(image) < 3:
+        weights = np.array([[1, 0.6, 0.1], [0, 0.4, 0.9]][: len(image)])
     return np.einsum("chw,cr->hwr", image, weights / weights.sum(0)).clip(0, 1)
 
 # %% ../nbs/api/12_show.ipynb #b75a0e10
@@ -282,11 +293,11 @@ def _put(axes: Axes, picture: np.ndarray) -> None:
     "Fill a panel with a picture of its own size."
     axes.imshow(picture, interpolation="nearest", aspect="auto")
 
-# %% ../nbs/api/12_show.ipynb #9cccc77a
+# %% ../nbs/api/12_show.ipynb #4650a4de
 def lights(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     *,
-    view: str = "side",  # "side": each light; "colour": one false-colour image; "both": the lights, then the false colour
+    view: str = "side",  # "side": each light; "colour": one false-colour image; "both": all of these
     names: Sequence[str] | None = None,  # of the lights
     stretch: bool = False,  # brighten a dark image: the middle 99 % of its values from black to white
     title: str | None = None,  # over all
@@ -308,7 +319,7 @@ def lights(
         _put(panel, _background(image, light, size, stretch=stretch))
     return figure
 
-# %% ../nbs/api/12_show.ipynb #af6d5e8f
+# %% ../nbs/api/12_show.ipynb #9cae71c5
 def _paint(
     picture: np.ndarray,  # (h, w, 3)
     mask: np.ndarray,  # (K, h, w) bool, at the same size
@@ -339,13 +350,13 @@ def _ignored(ignore: np.ndarray | None, size: tuple[int, int]) -> tuple[np.ndarr
     return (_pool_counts(part.any(0)[None], *size) > 0)[0], whole
 
 
-def _class_legend(names: list[str], whole: np.ndarray, hatched: bool) -> list[tuple[str, tuple, bool]]:
+def _class_legend(names: list[str], whole: np.ndarray, hatched: bool) -> list[tuple[str, tuple, str]]:
     "A swatch a class, and one for what is ignored."
     texts = [n + " (not annotated)" if k < len(whole) and whole[k] else n for k, n in enumerate(names)]
-    entries = [(text, class_colour(k), False) for k, text in enumerate(texts)]
-    return entries + [("ignored", _MUTED, True)] * hatched
+    entries = [(text, class_colour(k), "pale") for k, text in enumerate(texts)]
+    return entries + [("ignored", _MUTED, "hatched")] * hatched
 
-# %% ../nbs/api/12_show.ipynb #ed06dc0f
+# %% ../nbs/api/12_show.ipynb #f0dd703c
 def overlay(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     mask: Tensor | np.ndarray,  # (K, H, W) bool
@@ -359,15 +370,13 @@ def overlay(
     width: float = 6.0,  # inches
 ) -> Picture:  # the figure
     "The image with the mask on it and a legend. Raises `AoiError` for shapes, types or names that do not fit."
-    return compare(
-        image, {"": mask}, classes, ignore=ignore, light=light, alpha=alpha, stretch=stretch, title=title, width=width, columns=1,
-        bare=False,
-    )
+    how = {"light": light, "alpha": alpha, "stretch": stretch, "title": title, "width": width}
+    return compare(image, {"": mask}, classes, ignore=ignore, bare=False, **how)
 
-# %% ../nbs/api/12_show.ipynb #6543e74d
+# %% ../nbs/api/12_show.ipynb #a6260a1f
 def _image_iou(mask: np.ndarray, truth: np.ndarray, ignore: np.ndarray | None) -> float:
     "Mean over classes of this image's IoU; NaN if no class is there or was predicted."
-    counts = binary_counts(*(torch.as_tensor(m) for m in (mask, truth)), None if ignore is None else torch.as_tensor(ignore))
+    counts = binary_counts(*(None if m is None else torch.as_tensor(m) for m in (mask, truth, ignore)))
     tp, total = counts[:, 0].double(), counts.sum(1).double()
     return float((tp / total)[total > 0].mean())
 
@@ -380,7 +389,7 @@ def _checked(
 ) -> tuple[dict[str, np.ndarray], list[str], np.ndarray | None]:  # masks, class names, ignore
     "The masks, the class names and the ignore mask, all checked against the image and each other."
     if not isinstance(masks, Mapping) or not masks:
-        raise AoiError("No masks to show; a dict of name: mask with at least one mask was expected, as {\"bank\": mask}.")
+        raise AoiError('No masks to show; a dict of names and masks was expected. Give one or more, as {"bank": mask}.')
     arrays = {n: _mask(m, shape, classes, name=f"mask {n!r}" if n else "mask") for n, m in masks.items()}
     count = len(next(iter(arrays.values())))
     names = _names(classes, count)
@@ -388,10 +397,10 @@ def _checked(
         _mask(array, shape, names, name=f"mask {name!r}")
     return arrays, names, None if ignore is None else _mask(ignore, shape, names, name="ignore")
 
-# %% ../nbs/api/12_show.ipynb #30cdc001
+# %% ../nbs/api/12_show.ipynb #af15062a
 def compare(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
-    masks: Mapping[str, Tensor | np.ndarray],  # name -> (K, H, W) bool; the one named "truth" is what the others are held against
+    masks: Mapping[str, Tensor | np.ndarray],  # name -> (K, H, W) bool; the others are held against the one named "truth"
     classes: Sequence[str] | None = None,  # the K class names
     *,
     ignore: Tensor | np.ndarray | None = None,  # (K, H, W) bool, True where a class is not to be judged
@@ -410,10 +419,10 @@ def compare(
     for name, mask in masks.items():
         iou = math.nan if truth is None or name == "truth" else _image_iou(mask, truth, ignore)
         heads.append(name if math.isnan(iou) else f"{name}\nmIoU {iou:.2f}")
-    whole = _ignored(ignore, (1, 1))[1]
-    hatched = ignore is not None and bool(ignore.any()) and not (ignore.any((1, 2)) == whole).all()
-    legend = _class_legend(names, whole, hatched or (len(whole) > 0 and whole.all()))
-    words = f"Masks of {', '.join(names)} on the image: " + ", ".join(h.replace("\n", ", ") or "one mask" for h in heads) + "."
+    anywhere, whole = _ignored(ignore, (1, 1))
+    legend = _class_legend(names, whole, anywhere is not None and bool(anywhere.any()))
+    words = ", ".join(h.replace("\n", ", ") for h in heads if h)
+    words = f"The image with its mask of {', '.join(names)}." if not words else f"Masks of {', '.join(names)}: {words}."
     figure, axes, size = _sheet(heads, columns, image.shape[1:], width=width, title=title, legend=legend, alt=words)
     ground, hidden = _background(image, light, size, stretch=stretch), _ignored(ignore, size)[0]
     for panel, mask in zip(axes, [None] * bare + list(masks.values()), strict=True):
@@ -447,7 +456,7 @@ def _error_words(name: str, maps: np.ndarray, whole: bool) -> str:
     hit, false, missed = (f"{share:.0%}" for share in counts / counts.sum())
     return f"{name}\nhit {hit}, false {false}, missed {missed}"
 
-# %% ../nbs/api/12_show.ipynb #167d3f14
+# %% ../nbs/api/12_show.ipynb #2fce8ce0
 def errors(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     mask: Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray],  # (K, H, W) bool, or name -> mask: a row a method
@@ -469,11 +478,11 @@ def errors(
     for method, predicted in arrays.items():
         for k, name in enumerate(names):
             maps = np.stack([predicted[k] & truth[k], predicted[k] & ~truth[k], ~predicted[k] & truth[k]]) & judged[k]
-            heads.append(_error_words(f"{method}: {name}" if method else name, maps, not judged[k].any()))
+            heads.append(_error_words(f"{method}\n{name}" if method else name, maps, not judged[k].any()))
             panels.append((maps, None if ignore is None else ignore[k]))
     columns = columns or (len(names) if len(arrays) > 1 else min(4, len(names)))
-    legend = [(text, colour, False) for text, colour in ERROR_COLOURS.items()]
-    legend += [("ignored", _MUTED, True)] * (not judged.all())
+    legend = [(text, colour, "solid") for text, colour in ERROR_COLOURS.items()]
+    legend += [("ignored", _MUTED, "hatched")] * int(not judged.all())
     words = "Errors by class: " + "; ".join(h.replace("\n", " ") for h in heads) + "."
     figure, axes, size = _sheet(heads, columns, image.shape[1:], width=width, title=title, legend=legend, alt=words)
     ground = _background(image, light, size, stretch=stretch) * 0.55
@@ -489,7 +498,7 @@ def similarity_map(
     "The cosine between one embedding and each of a grid."
     return functional.normalize(embeddings.float(), dim=-1) @ functional.normalize(query.float(), dim=-1)
 
-# %% ../nbs/api/12_show.ipynb #1b44ea8c
+# %% ../nbs/api/12_show.ipynb #bd5df232
 def _heat(
     ground: np.ndarray,  # (h, w, 3)
     values: np.ndarray,  # (rows, columns) a value a patch; patches may reach beyond the image
@@ -500,29 +509,29 @@ def _heat(
     threshold: float | None,  # colour only what is above
     alpha: float,  # 0 .. 1
 ) -> np.ndarray:  # (h, w, 3)
-    "Lay the colours of a grid of values over a picture."
+    "Lay the colours of a grid of values over a picture, the stronger the larger the value."
     h, w = ground.shape[:2]
     rows = ((np.arange(h) + 0.5) * shape[0] / h // patch).astype(int)
     columns = ((np.arange(w) + 0.5) * shape[1] / w // patch).astype(int)
     shown = values[rows][:, columns]
-    colours = colormaps["viridis"]((shown - limits[0]) / max(limits[1] - limits[0], 1e-6))[..., :3]
-    strength = alpha * (np.ones_like(shown) if threshold is None else shown >= threshold)[..., None]
+    share = ((shown - limits[0]) / max(limits[1] - limits[0], 1e-6)).clip(0, 1)
+    colours = colormaps["viridis"](share)[..., :3]
+    strength = alpha * ((0.3 + 0.7 * share) if threshold is None else (shown >= threshold))[..., None]
     return ground * (1 - strength) + colours * strength
 
 
 def _colour_bar(figure: Figure, limits: tuple[float, float], label: str) -> None:
     "A horizontal colour scale with its ends, along the lower edge."
-    wide, high = figure.get_size_inches() * _DPI
-    axes = figure.add_axes((_EDGE / wide, (_EDGE + 18) / high, min(220, wide - 2 * _EDGE) / wide, 10 / high))
+    wide = min(220, figure.get_size_inches()[0] * _DPI - 2 * _EDGE)
+    axes = _panel(figure, _EDGE, _EDGE + 18, wide, 10)
     axes.imshow(np.linspace(0, 1, 256)[None], cmap="viridis", aspect="auto", extent=(*limits, 0, 1))
-    axes.set_yticks([])
-    axes.set_xticks(limits, [f"{v:.2f}" for v in limits], fontsize=9, color=_INK)
+    axes.set_xticks(limits, [f"{v:.2f}".replace("-", "\N{MINUS SIGN}") for v in limits], fontsize=9, color=_INK)
     axes.tick_params(length=0)
     for text, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
         text.set_horizontalalignment(side)
-    figure.text((_EDGE + 230) / wide, (_EDGE + 23) / high, label, fontsize=9, color=_INK, va="center_baseline")
+    _text(figure, _EDGE + wide + 10, _EDGE + 23, label, va="center_baseline")
 
-# %% ../nbs/api/12_show.ipynb #4a2d04c3
+# %% ../nbs/api/12_show.ipynb #db494a6e
 def _embed(
     image: np.ndarray,  # (C, H, W)
     encoder: object,  # an Encoder, or the embeddings (h, w, D) that it made
@@ -534,7 +543,7 @@ def _embed(
     else:
         found = torch.as_tensor(_array(encoder))
     if patch is None:
-        raise AoiError("Embeddings were given without their patch size. Pass patch_size=, or the encoder in their place.")
+        raise AoiError("Embeddings came without their patch size. Pass patch_size=, or the encoder in their place.")
     grid = tuple(-(-s // patch) for s in image.shape[1:])
     if found.ndim != 3 or tuple(found.shape[:2]) != grid:
         raise AoiError(
@@ -543,7 +552,7 @@ def _embed(
         )
     return found.detach().cpu(), patch
 
-# %% ../nbs/api/12_show.ipynb #06850106
+# %% ../nbs/api/12_show.ipynb #b79465b4
 def similarity(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     encoder: object,  # an Encoder, or the embeddings (h, w, D) of the image
@@ -552,7 +561,7 @@ def similarity(
     x: int,  # column of the pixel whose patch is held
     others: Sequence[Tensor | np.ndarray] = (),  # more images, of the same shape, to look for the patch in
     patch_size: int | None = None,  # side of a patch in pixels; needed with embeddings only
-    limits: tuple[float, float] | None = None,  # ends of the colour scale; by default the smallest similarity and 1
+    limits: tuple[float, float] | None = None,  # ends of the colour scale; None: the smallest similarity, or 0, and 1
     threshold: float | None = None,  # colour only the patches that are at least so similar
     light: int | str = 0,  # what lies under: a light's index, "mean" or "colour"
     alpha: float = 0.65,  # strength of the colours, 0 to 1
@@ -562,17 +571,17 @@ def similarity(
     images = [_image(image)] + [_image(o, f"others[{i}]") for i, o in enumerate(others)]
     shape = images[0].shape[1:]
     if any(i.shape != images[0].shape for i in images) or (others and not hasattr(encoder, "encode")):
-        raise AoiError("`others` needs an encoder, and images of the shape of the first. Crop them, or show one at a time.")
+        raise AoiError("`others` needs an encoder, and images of the first one's shape. Crop them, or show them apart.")
     if not (0 <= y < shape[0] and 0 <= x < shape[1]):
         raise AoiError(f"y={y}, x={x} is outside the image of {shape[0]} x {shape[1]}. Choose a pixel inside.")
     grids = [_embed(i, encoder, patch_size) for i in images]
     patch = grids[0][1]
     maps = [similarity_map(g, grids[0][0][y // patch, x // patch]).numpy() for g, _ in grids]
-    low, high = limits or (min(float(m.min()) for m in maps), 1.0)
+    low, high = limits or (max(0.0, min(float(m.min()) for m in maps)), 1.0)
     heads = [f"held patch at y={y}, x={x}", "similarity to it"] + [f"in other image {i}" for i in range(1, len(images))]
     words = f"Cosine similarity of every patch to the one at y={y}, x={x}; from {low:.2f} to {high:.2f}."
     figure, axes, size = _sheet(heads, 3 if others else 2, shape, width=width, strip=36, alt=words)
-    _colour_bar(figure, (low, high), "cosine similarity" + (f", shown from {threshold:.2f}" if threshold is not None else ""))
+    _colour_bar(figure, (low, high), "cosine similarity" if threshold is None else f"cosine, from {threshold:.2f} up")
     for i, panel in enumerate(axes):
         ground = _background(images[max(i - 1, 0)], light, size)
         how = {"limits": (low, high), "threshold": threshold, "alpha": alpha}
@@ -586,9 +595,10 @@ def _box(axes: Axes, y: int, x: int, side: int, shape: tuple[int, int], size: tu
     "Mark a square of the image: a dark line in a light one, to be seen on any ground."
     scale, low = size[0] / shape[0], (x * size[1] / shape[1] - 0.5, y * size[0] / shape[0] - 0.5)
     for colour, line in ((_PAPER, 4), (_SERIES[5], 2)):
-        axes.add_patch(Rectangle(low, side * scale, side * scale, fill=False, edgecolor=colour, linewidth=line, clip_on=False))
+        box = Rectangle(low, side * scale, side * scale, fill=False, edgecolor=colour, linewidth=line, clip_on=False)
+        axes.add_patch(box)
 
-# %% ../nbs/api/12_show.ipynb #c87741f8
+# %% ../nbs/api/12_show.ipynb #bf4a3207
 def neighbours(
     query: Tensor | np.ndarray,  # (C, h, w) in [0, 1], the patch asked about
     patches: Tensor | np.ndarray,  # (k, C, h, w) in [0, 1], its neighbours in the bank, the nearest first
@@ -597,6 +607,7 @@ def neighbours(
     classes: Sequence[str] | None = None,  # the K class names
     *,
     labels: Sequence[str] | None = None,  # k texts: where each neighbour is from
+    query_mask: Tensor | np.ndarray | None = None,  # (K, h, w) bool, what was made of it
     light: int | str = 0,  # what lies under: a light's index, "mean" or "colour"
     columns: int = 6,  # panels in a row
     width: float = 8.0,  # inches
@@ -604,22 +615,25 @@ def neighbours(
     "A patch and its nearest labelled patches with their masks. Raises `AoiError` for what does not fit."
     query, patches, masks = _image(query, "query"), _array(patches), _array(masks)
     values = np.asarray(_array(similarities), float)
-    lengths = {"patches": len(patches), "masks": len(masks), "similarities": len(values), "labels": len(labels or values)}
+    lengths = {"patches": len(patches), "masks": len(masks), "similarities": len(values)}
+    if labels is not None:
+        lengths["labels"] = len(labels)
     if len(set(lengths.values())) > 1 or not len(values):
         raise AoiError(f"{lengths} is not one number of neighbours, at least 1. Give one of each for every neighbour.")
     texts = [f"{v:.3f}" + (f"\n{labels[i]}" if labels else "") for i, v in enumerate(values)]
     names = _names(classes, masks.shape[1])
-    words = f"A patch and its {len(values)} nearest labelled patches, of similarity {values.max():.3f} to {values.min():.3f}."
+    words = f"A patch and its {len(values)} nearest labelled patches, {values.max():.3f} to {values.min():.3f} similar."
     legend = _class_legend(names, np.zeros(0, bool), False)
     figure, axes, size = _sheet(["query", *texts], columns, query.shape[1:], width=width, legend=legend, alt=words)
-    _put(axes[0], _background(query, light, size))
-    for i, panel in enumerate(axes[1:]):
-        ground = _background(_image(patches[i], f"patches[{i}]"), light, size)
-        mask = _mask(masks[i], patches[i].shape[1:], names, name=f"masks[{i}]")
+    nothing = np.zeros((len(names), *query.shape[1:]), bool)
+    tiles = [(query, nothing if query_mask is None else query_mask), *zip(patches, masks, strict=True)]
+    for i, (panel, (patch, mask)) in enumerate(zip(axes, tiles, strict=True)):
+        mask = _mask(mask, patch.shape[1:], names, name=f"masks[{i - 1}]" if i else "query_mask")
+        ground = _background(_image(patch, f"patches[{i - 1}]"), light, size)
         _put(panel, _paint(ground, _pool_counts(mask, *size) > 0, alpha=0.3))
     return figure
 
-# %% ../nbs/api/12_show.ipynb #63c6a536
+# %% ../nbs/api/12_show.ipynb #25c71788
 def _hidden(
     masked: np.ndarray,  # (H, W) or (h, w) bool, True = hidden; or the masked image itself (C, H, W)
     image: np.ndarray,  # (C, H, W)
@@ -627,23 +641,23 @@ def _hidden(
     "The image as the encoder saw it. Raises `AoiError` if the grid of patches does not divide the image."
     if masked.dtype != bool:
         if masked.shape != image.shape:
-            raise AoiError(f"masked has shape {masked.shape}, its image {image.shape}. Give the masked image, or a bool mask.")
+            raise AoiError(f"masked has shape {masked.shape}, its image {image.shape}. Mask this image, or give bools.")
         return masked.astype(np.float32).clip(0, 1)
     if masked.ndim != 2 or any(s % m for s, m in zip(image.shape[1:], masked.shape, strict=True)):
         raise AoiError(
-            f"masked has shape {masked.shape}; a bool mask of pixels {image.shape[1:]}, or of patches that divide them, was "
-            "expected. Reshape the flat mask to (rows, columns)."
+            f"masked has shape {masked.shape}; a bool mask of pixels {image.shape[1:]}, or of patches dividing them, "
+            "was expected. Reshape the flat mask to (rows, columns)."
         )
     sides = [s // m for s, m in zip(image.shape[1:], masked.shape, strict=True)]
     return np.where(np.kron(masked, np.ones(sides, bool)), np.float32(0.5), image)
 
-# %% ../nbs/api/12_show.ipynb #9dd15881
+# %% ../nbs/api/12_show.ipynb #d99f53f6
 def reconstruction(
     image: Tensor | np.ndarray,  # (C, H, W) or (B, C, H, W) in [0, 1]
     masked: Tensor | np.ndarray,  # per image: (h, w) or (H, W) bool, True = hidden; or the masked image
     rebuilt: Tensor | np.ndarray,  # like image; shown clipped to [0, 1]
     *,
-    light: int | None = None,  # one light only; all by default, or the first for a batch
+    light: int | None = None,  # one light only; by default all for one image, the first for several
     title: str | None = None,  # over all
     width: float = 7.0,  # inches
 ) -> Picture:  # the figure: a row for each light or image, with the original, what was seen, and what was rebuilt
@@ -656,12 +670,10 @@ def reconstruction(
         )
     if image.ndim == 3:
         image, masked, rebuilt = image[None], masked[None], rebuilt[None]
-        shown = range(image.shape[1]) if light is None else (light,)
-    else:
-        shown = (light or 0,)
+    shown = range(image.shape[1] if len(image) == 1 else 1) if light is None else (light,)
     if len(masked) != len(image):
-        raise AoiError(f"{len(masked)} masks for {len(image)} images; one for each was expected. Give the batch's masks.")
-    heads = [f"{t}, light {c}" if image.shape[1] > 1 else t for _ in image for c in shown for t in ("original", "seen", "rebuilt")]
+        raise AoiError(f"{len(masked)} masks for {len(image)} images; one each was expected. Give the batch's masks.")
+    heads = [f"{t}, light {c}" for _ in image for c in shown for t in ("original", "seen", "rebuilt")]
     words = f"{len(image)} image(s): the original, what was left to see of it, and what was rebuilt from that."
     figure, axes, size = _sheet(heads, 3, image.shape[2:], width=width, title=title, alt=words, tall=2000)
     panels = iter(axes)
@@ -700,9 +712,9 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, index: int, label: str) -> N
     trend = pd.Series(y).rolling(window, center=True, min_periods=1).mean()
     axes.plot(x, trend, color=colour, linewidth=1.8, label=label)
 
-# %% ../nbs/api/12_show.ipynb #0d46174a
+# %% ../nbs/api/12_show.ipynb #7aed0ce7
 def curves(
-    history: pd.DataFrame | Mapping[str, pd.DataFrame],  # a row a step; or a name and a history for each of several runs
+    history: pd.DataFrame | Mapping[str, pd.DataFrame],  # a row a step; or name -> history for several runs
     *,
     columns: Sequence[str] | None = None,  # what to draw; by default every loss, and what is measured in validation
     x: str = "step",  # the column along the axis
@@ -714,18 +726,20 @@ def curves(
     runs = {"": history} if isinstance(history, pd.DataFrame) else dict(history)
     every = list(dict.fromkeys(c for run in runs.values() for c in run.columns))
     numeric = [c for c in every if any(c in r and pd.api.types.is_numeric_dtype(r[c]) for r in runs.values())]
-    chosen = list(columns) if columns is not None else [c for c in numeric if c not in (x, "step", "epoch", "seconds", "lr")]
+    aside = (x, "step", "epoch", "seconds", "lr")
+    chosen = [c for c in numeric if c not in aside] if columns is None else list(columns)
     missing = [c for c in (x, *chosen) if c not in numeric]
     if missing or not chosen:
-        raise AoiError(f"No numbers to draw in {missing or 'the history'}; its columns are {every}. Choose `x` and `columns` of these.")
+        raise AoiError(f"No numbers in {missing or 'the history'}; its columns are {every}. Choose of these.")
     panels = [g for g in ([c for c in chosen if "loss" in c], *([c] for c in chosen if "loss" not in c)) if g]
     figure = Picture((width, 2.9 * math.ceil(len(panels) / 2)), dpi=_DPI, facecolor=_PAPER, layout="constrained")
     grid = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False)
     for axes, group in zip(grid.flat, panels, strict=False):
         _axes(axes, x=x, y=group[0].replace("_", " ") if len(group) == 1 else "loss")
-        parts = [(f"{name} {c}".replace("_", " ").strip(), run, c) for name, run in runs.items() for c in group if c in run]
-        for i, (label, run, column) in enumerate(parts):
-            _line(axes, run[x].to_numpy(float), run[column].to_numpy(float), i, label)
+        parts = [(name, run, c) for name, run in runs.items() for c in group if c in run]
+        for i, (name, run, c) in enumerate(parts):
+            label = f"{name} {c}".replace("_", " ").strip()
+            _line(axes, run[x].to_numpy(float), run[c].to_numpy(float), i, label)
         if log:
             axes.set_yscale("log")
         if len(parts) > 1:
@@ -737,7 +751,7 @@ def curves(
     figure.alt = f"Curves of {', '.join(c.replace('_', ' ') for c in chosen)} over {x}."
     return figure
 
-# %% ../nbs/api/12_show.ipynb #9f879ee7
+# %% ../nbs/api/12_show.ipynb #7a0d2b60
 def score_chart(
     table: pd.DataFrame,  # tidy: one row for each class and method, as made by aoi_ssl.metrics.scores
     *,
@@ -750,19 +764,21 @@ def score_chart(
     "One line a class, one mark a method. Raises `AoiError` if a column is missing or a pair is there twice."
     needed = [metric, by] + [series] * (series is not None)
     if missing := [c for c in needed if c not in table]:
-        raise AoiError(f"The table has no column {missing}; it has {list(table.columns)}. Name three of these: metric, by, series.")
+        raise AoiError(f"The table has no column {missing}; it has {list(table.columns)}. Set metric, by and series.")
     if table.duplicated(needed[1:]).any():
-        raise AoiError(f"The table has several rows for one {' and '.join(needed[1:])}. Sum first: scores(frame, by={needed[1:]}).")
+        raise AoiError(f"Several rows for one {' and '.join(needed[1:])}. Sum first: scores(frame, by={needed[1:]}).")
     rows, marks = list(dict.fromkeys(table[by])), list(dict.fromkeys(table[series])) if series else [metric]
     legend_rows = math.ceil(len(marks) / 2) if series else 0
-    figure = Picture((width, 0.9 + 0.42 * len(rows) + 0.24 * legend_rows), dpi=_DPI, facecolor=_PAPER, layout="constrained")
+    high = 0.9 + 0.5 * len(rows) + 0.24 * legend_rows
+    figure = Picture((width, high), dpi=_DPI, facecolor=_PAPER, layout="constrained")
     axes = figure.subplots()
     _axes(axes, x={"iou": "IoU"}.get(metric, metric), y="")
     axes.grid(False, axis="x")
     for i, mark in enumerate(marks):
         own = table[table[series] == mark] if series else table
-        how = {"color": _SERIES[i % 7], "marker": _MARKERS[i % 7], "markersize": 9, "markeredgecolor": _PAPER, "clip_on": False}
-        axes.plot(own[metric], [rows.index(r) for r in own[by]], linestyle="", label=str(mark), zorder=3, **how)
+        how = {"color": _SERIES[i % 7], "marker": _MARKERS[i % 7], "markersize": 8, "clip_on": False}
+        shift = 0.5 * (i - (len(marks) - 1) / 2) / len(marks)
+        axes.plot(own[metric], [rows.index(r) + shift for r in own[by]], linestyle="", label=str(mark), zorder=3, **how)
     axes.set_yticks(range(len(rows)), [str(r) for r in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, max(1.0, float(table[metric].max())))
@@ -770,5 +786,6 @@ def score_chart(
         figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, labelcolor=_INK)
     if title:
         axes.set_title(title, fontsize=11, color=_INK, weight="bold", loc="left", parse_math=False)
-    figure.alt = f"{metric} for each {by}: " + "; ".join(" ".join(str(v) for v in r) for r in table[[*needed[1:], metric]].round(3).values) + "."
+    words = [" ".join(str(v) for v in row) for row in table[[*needed[1:], metric]].round(3).to_numpy(object)]
+    figure.alt = f"{metric} for each {by}: {'; '.join(words)}."
     return figure

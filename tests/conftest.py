@@ -14,5 +14,12 @@ def folder(tmp_path_factory):
     from aoi_ssl.synthetic import render_folder
 
     return render_folder(
-        tmp_path_factory.mktemp("rendered") / "devices", devices=2, pretrain_devices=2, new_devices=1, images=4, calibration=1, size=256, progress=False
+        tmp_path_factory.mktemp("rendered") / "devices",
+        devices=2,
+        pretrain_devices=2,
+        new_devices=1,
+        images=4,
+        calibration=1,
+        size=256,
+        progress=False,
     )

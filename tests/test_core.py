@@ -8,7 +8,16 @@ import sys
 
 import pytest
 
-from aoi_ssl.core import AoiError, atomic_path, check_free, new_folder, read_json, require_transformers, step_seed, write_json
+from aoi_ssl.core import (
+    AoiError,
+    atomic_path,
+    check_free,
+    new_folder,
+    read_json,
+    require_transformers,
+    step_seed,
+    write_json,
+)
 
 
 def full_disk(*args, **kwargs):
@@ -86,6 +95,8 @@ def test_seeds_of_neighbouring_steps_are_unrelated():
 
 def test_a_torchvision_that_breaks_transformers_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(importlib, "import_module", lambda name: full_disk() if name == "torchvision" else sys.modules[name])
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: full_disk() if name == "torchvision" else sys.modules[name]
+    )
     with pytest.raises(AoiError, match="pip uninstall torchvision"):
         require_transformers()

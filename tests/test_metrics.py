@@ -133,13 +133,13 @@ def test_groups():
 
 @pytest.mark.parametrize("with_ignore", [False, True])
 def test_histogram_equals_the_loop(with_ignore):
-    probabilities, target, ignore = random_case(2)
-    probabilities[:, :, :5] = torch.cat([torch.tensor([0.0, 1.0]), THRESHOLDS])[:30]  # probabilities that are thresholds
+    p, target, ignore = random_case(2)
+    p[:, :, :5] = torch.cat([torch.tensor([0.0, 1.0]), THRESHOLDS])[:30]  # values that are thresholds
     ignore = ignore if with_ignore else None
-    slow = torch.stack([binary_counts(probabilities > t, target, ignore) for t in THRESHOLDS])
-    assert torch.equal(threshold_counts(probabilities, target, ignore), slow)
-    one = [threshold_counts(p, t, None if ignore is None else i) for p, t, i in zip(probabilities, target, ignore if with_ignore else target)]
-    assert torch.equal(sum(one), slow)
+    slow = torch.stack([binary_counts(p > t, target, ignore) for t in THRESHOLDS])
+    assert torch.equal(threshold_counts(p, target, ignore), slow)
+    singly = sum(threshold_counts(p[i], target[i], ignore[i] if with_ignore else None) for i in range(len(p)))
+    assert torch.equal(singly, slow)
 
 
 def test_thresholds_are_exclusive_and_must_rise():
@@ -168,8 +168,10 @@ def test_class_that_no_threshold_finds_is_never_predicted():
 
 
 def test_best_threshold_maximises_iou():
-    probabilities, target, _ = random_case(3)
-    best = best_thresholds(threshold_counts(probabilities, target))
-    ious = [scores(counts_frame(binary_counts(probabilities > t, target), CLASSES))["iou"].to_numpy() for t in THRESHOLDS]
-    at_best = scores(counts_frame(binary_counts(probabilities > best[:, None, None], target), CLASSES))["iou"]
-    assert np.allclose(at_best, np.max(ious, axis=0))
+    p, target, _ = random_case(3)
+
+    def iou(threshold):
+        return scores(counts_frame(binary_counts(p > threshold, target), CLASSES))["iou"].to_numpy()
+
+    best = best_thresholds(threshold_counts(p, target))
+    assert np.allclose(iou(best[:, None, None]), np.max([iou(t) for t in THRESHOLDS], axis=0))

@@ -120,7 +120,9 @@ def test_early_stopping_restores_the_best_weights():
         return {"score": -abs(len(seen) - 2)}
 
     model, optimizer = start()
-    history = fit(model, loss, batch, optimizer, budget="100 steps", validate=validate, validations=10, patience=3, progress=False)
+    history = fit(
+        model, loss, batch, optimizer, budget="100 steps", validate=validate, validations=10, patience=3, progress=False
+    )
     assert len(seen) == 5 and len(history) == 50
     assert model[3].bias.item() == seen[1] and not model.training
 
@@ -128,7 +130,9 @@ def test_early_stopping_restores_the_best_weights():
 def test_patience_longer_than_the_run_is_refused():
     model, optimizer = start()
     with pytest.raises(AoiError, match="can never run out"):
-        fit(model, loss, batch, optimizer, budget="10 steps", validate=lambda m: {"score": 0}, validations=5, patience=5)
+        fit(
+            model, loss, batch, optimizer, budget="10 steps", validate=lambda m: {"score": 0}, validations=5, patience=5
+        )
     with pytest.raises(AoiError, match="nothing to validate on"):
         fit(model, loss, batch, optimizer, budget="10 steps", patience=2)
 
@@ -136,8 +140,14 @@ def test_patience_longer_than_the_run_is_refused():
 def test_a_loss_that_is_not_finite_stops_the_run():
     model, optimizer = start()
     with pytest.raises(AoiError, match="nan at step 13"):
-        fit(model, lambda m, b: loss(m, b) * b["scale"], lambda i: {**batch(i), "scale": torch.tensor(math.nan if i == 13 else 1.0)},
-            optimizer, budget="40 steps", progress=False)
+        fit(
+            model,
+            lambda m, b: loss(m, b) * b["scale"],
+            lambda i: {**batch(i), "scale": torch.tensor(math.nan if i == 13 else 1.0)},
+            optimizer,
+            budget="40 steps",
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-5s", "0", "1.5 steps", "10 parsecs"])
@@ -156,7 +166,8 @@ def test_a_budget_is_one_thing():
 def test_two_processes_give_the_losses_of_one(tmp_path):
     "Two CPU processes with batches of 4 see what one process sees with batches of 8."
     script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import sys, torch
         from torch import nn
         from accelerate import PartialState
@@ -171,15 +182,33 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 
         torch.manual_seed(0)
         model = nn.Linear(3, 1)
-        fit(model, lambda m, b: ((m(b["x"]) - b["y"]) ** 2).mean(), batch, torch.optim.SGD(model.parameters(), lr=0.1), budget="8 steps", progress=False)
+        loss = lambda m, b: ((m(b["x"]) - b["y"]) ** 2).mean()
+        fit(model, loss, batch, torch.optim.SGD(model.parameters(), lr=0.1), budget="8 steps", progress=False)
         if PartialState().is_main_process:
             torch.save(model.state_dict(), sys.argv[1])
-    """))
+    """)
+    )
     results = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.pt"
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no", str(script), str(out)]
-        subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            str(script),
+            str(out),
+        ]
+        subprocess.run(
+            command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         results.append(torch.load(out, weights_only=True))
     torch.testing.assert_close(*results)

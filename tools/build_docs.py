@@ -6,9 +6,12 @@ fetch nothing from the network. Everything happens on a copy in build/docs, so t
 import argparse
 import ast
 import contextlib
+import dataclasses
 import functools
 import html
+import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -17,7 +20,9 @@ import subprocess
 import sys
 import textwrap
 import time
+import tokenize
 import warnings
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -51,9 +56,37 @@ def public_methods(source: str) -> dict[str, list[str]]:
     return {c.name: [node.name for node in c.body if documented(node)] for c in classes if not c.name.startswith("_")}
 
 
+def docments(symbol: Callable) -> dict[str, str]:
+    "The comment on each parameter of a function, or field of a dataclass, and on what it returns."
+    if inspect.isclass(symbol) and not dataclasses.is_dataclass(symbol):
+        symbol = symbol.__init__
+    source = textwrap.dedent(inspect.getsource(symbol))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    notes = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    own_line = {n for n, line in enumerate(source.splitlines(), 1) if line.strip().startswith("#")}
+    node = ast.parse(source).body[0]
+    if isinstance(node, ast.ClassDef):
+        spans = {f.target.id: (f.lineno, f.end_lineno) for f in node.body if isinstance(f, ast.AnnAssign)}
+    else:
+        a = node.args
+        named = [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]
+        starts = [p.lineno for p in named] + [node.returns.lineno if node.returns else node.body[0].lineno]
+        spans = {p.arg: (p.lineno, max(p.lineno, after - 1)) for p, after in zip(named, starts[1:], strict=True)}
+        if node.returns:
+            spans["return"] = (node.returns.lineno, node.body[0].lineno - 1)
+    found = {}
+    for name, (first, last) in spans.items():
+        after = next((notes[n] for n in range(first, last + 1) if n in notes and n not in own_line), "")
+        above = []
+        while first - 1 - len(above) in own_line:
+            above.insert(0, notes[first - 1 - len(above)])
+        found[name] = after or " ".join(above)
+    return found
+
+
 def renderer() -> type:
     "The look of `show_doc`: a link to the source, the call, the docstring, a table of parameters from the docments."
-    from fastcore.docments import ShowDocRenderer, docments
+    from fastcore.docments import qual_name
     from nbdev.doclinks import NbdevLookup
 
     def code(value: object) -> str:
@@ -65,7 +98,15 @@ def renderer() -> type:
         text = getattr(value, "__name__", None) or " ".join(repr(value).split())
         return text if len(text) < 48 else text[:44] + " ..."
 
-    class Table(ShowDocRenderer):
+    class Table:
+        def __init__(self, sym: Callable, name: str | None = None, title_level: int = 3):
+            self.called = not isinstance(sym, property)
+            self.sym, self.title_level = inspect.unwrap(sym if self.called else sym.fget), title_level
+            self.nm, self.docs = name or qual_name(self.sym), inspect.cleandoc(self.sym.__doc__ or "")
+            self.fn = f"{self.sym.__module__}.{qual_name(self.sym)}"
+            self.own = not inspect.isclass(sym) or "__init__" in vars(sym)
+            self.sig = inspect.signature(self.sym) if self.own else None
+
         def call(self, parameters: list[inspect.Parameter]) -> str:
             "The call as one types it: names and defaults, without types."
             words, star = [], False
@@ -81,8 +122,8 @@ def renderer() -> type:
             return f"{self.nm}(\n    " + "\n    ".join(textwrap.wrap(", ".join(words), 84)) + "\n)"
 
         def rows(self, parameters: list[inspect.Parameter]) -> list[str]:
-            about = docments(self.sym, full=True, args_kwargs=True)
-            comment = lambda name: " ".join((about.get(name, {}).get("docment") or "").split()).replace("|", "\\|")
+            about = docments(self.sym)
+            comment = lambda name: about.get(name, "").replace("|", "\\|")
             rows = []
             for p in parameters:
                 kind = "" if p.annotation is p.empty else code(p.annotation)
@@ -100,12 +141,11 @@ def renderer() -> type:
             text = f"---\n\n{'#' * self.title_level} {self.nm}\n\n"
             if source:
                 text += f"[source]({source}){{.source-link}}\n\n"
-            own = not inspect.isclass(self.sym) or "__init__" in vars(self.sym)
-            parameters = [p for p in self.sig.parameters.values() if p.name != "self"] if self.sig and own else []
-            if own and self.sig:
+            parameters = [p for p in self.sig.parameters.values() if p.name != "self"] if self.own else []
+            if self.own and self.called:
                 text += f"```python\n{self.call(parameters)}\n```\n\n"
             text += self.docs
-            if rows := self.rows(parameters) if own and self.sig else []:
+            if rows := self.rows(parameters) if self.own else []:
                 text += "\n\n| name | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows)
             return text
 
@@ -137,9 +177,7 @@ def processors() -> type:
             super().begin()
             self.k.user_ns["show_doc"] = functools.partial(show_doc, renderer=renderer())
             if module := _default_exp(self.nb):
-                self.k.run_cell(f"import aoi_ssl.{module} as _module; globals().update(vars(_module))")
-                if self.k.exc:
-                    raise RuntimeError(f"aoi_ssl.{module} cannot be imported") from self.k.exc
+                self.k.user_ns.update(vars(importlib.import_module(f"aoi_ssl.{module}")))
 
         def __call__(self, cell: dict) -> None:
             if cell.cell_type == "code" and _show_docs(cell.parsed_() or []):
@@ -171,6 +209,9 @@ def preprocess(work: Path) -> Path:
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     # names in backticks become links by this index; an installed nbdev project would have an entry point for it
+    symbols = importlib.import_module("aoi_ssl._modidx").d["syms"]
+    for module, names in symbols.items():
+        symbols[module] = {name: where for name, where in names.items() if "._" not in name}
     index = EntryPoint(name="aoi_ssl", value="aoi_ssl._modidx:d", group="nbdev")
     nbdev.doclinks.entry_points = lambda group: [index]
     line = nbdev.doclinks._lineno  # knows names without their module

@@ -50,7 +50,7 @@ torch=$(grep -E '^torch==' constraints.txt)
 if ! "$venv/bin/python" -c "import sys, importlib.metadata as m; sys.exit(m.version('torch').split('+')[0] != '${torch#torch==}')" 2>/dev/null; then
     if [ -n "${TORCH_INDEX:-}" ]; then
         say "Installing $torch from the index named by TORCH_INDEX."
-        "${pip[@]}" install --quiet --no-deps --index-url "$TORCH_INDEX" "$torch"
+        "${pip[@]}" install -qq --no-deps --index-url "$TORCH_INDEX" "$torch"
     elif [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then
         # No GPU: the CPU build is enough, but the default index may only have the one with CUDA.
         if "${pip[@]}" install --quiet --dry-run --report - "$torch" -c constraints.txt 2>/dev/null | grep -q '"name": "nvidia-'; then
@@ -60,7 +60,7 @@ if ! "$venv/bin/python" -c "import sys, importlib.metadata as m; sys.exit(m.vers
     fi
 fi
 say "Installing aoi_ssl${target#.} and what it needs, pinned by constraints.txt (once; a few minutes)."
-"${pip[@]}" install --quiet --constraint constraints.txt --editable "$target"
+"${pip[@]}" install -qq --constraint constraints.txt --editable "$target"
 "${pip[@]}" check >/dev/null || { "${pip[@]}" check >&2 || true; fail "the installed packages do not fit together"; }
 digest > "$venv/.installed-$kind.tmp"
 mv "$venv/.installed-$kind.tmp" "$venv/.installed-$kind"

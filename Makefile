@@ -1,0 +1,55 @@
+# Needs only Python 3.11 or newer; the rest is installed into .venv, pinned by constraints.txt.
+#
+#   make demo                     the whole job on rendered devices
+#   make demo DATA=my/folder      the same job on your images
+#   make test                     everything that is tested
+#
+# TORCH_INDEX=<url>: a package index that has the torch build you want, such as the one with the CPU build.
+# PYTHON=<path>: the interpreter to use.
+
+SHELL := /bin/bash
+VENV ?= .venv
+export VENV PYTHON TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test docs bench install install-dev prepare readme clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+# The rendered demo owns runs/demo: it goes on with an unfinished run and replaces a finished one. Results from your
+# images are never replaced unless ARGS says so.
+demo: install  ## the main job, to runs/demo; DATA=folder of your images, OUT=folder for results, ARGS=options of aoi demo
+ifdef DATA
+	@$(VENV)/bin/aoi demo "$(DATA)" --out "$(or $(OUT),runs/$$(basename "$(DATA)"))" $(ARGS)
+else
+	@$(VENV)/bin/aoi demo --out "$(or $(OUT),runs/demo)" $(if $(OUT),,$(if $(wildcard runs/demo/report.html),--overwrite)) $(ARGS)
+endif
+
+test: install-dev  ## everything that is tested; STEPS="house tests" for some of: house notebooks tests docs wheel browser
+	@$(VENV)/bin/python tools/check.py $(STEPS)
+
+docs: install-dev  ## the docs site, to _docs (with Quarto where it is on PATH, else with smalldocs)
+	@$(VENV)/bin/python tools/build_docs.py
+	@$(VENV)/bin/python tools/check_links.py
+
+bench: install-dev  ## rendering and import figures
+	@$(VENV)/bin/python tools/bench.py $(ARGS)
+
+install:  ## make .venv and install aoi_ssl in it
+	@tools/install.sh base
+
+install-dev:  ## the same, with what developing it needs
+	@tools/install.sh dev
+
+prepare: install-dev  ## after editing notebooks: export modules, clean notebooks, write README.md
+	@$(VENV)/bin/nbdev_export
+	@$(VENV)/bin/nbdev_clean
+	@$(VENV)/bin/python tools/make_readme.py
+
+readme: install-dev  ## README.md from nbs/index.ipynb
+	@$(VENV)/bin/python tools/make_readme.py
+
+clean:  ## remove what was made, .venv too; runs/ stays
+	rm -rf $(VENV) build dist _docs _proc *.egg-info nbs/nbdev.yml nbs/sidebar.yml
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,259 @@
+"""The tutorial in JupyterLab and the docs site, in a real Chromium; screenshots go to build/screenshots."""
+
+import contextlib
+import functools
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOTS = ROOT / "build" / "screenshots"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+REQUIRED = bool(os.environ.get("AOI_REQUIRE_BROWSER"))
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not CHROMIUM and not REQUIRED, reason="no Chromium on PATH (Debian: apt-get install chromium)"),
+]
+
+
+class Visit:
+    "A page of the browser that remembers what it asked for and what went wrong."
+
+    def __init__(self, page):
+        self.page, self.requests, self.errors = page, [], []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def outside(self) -> list[str]:
+        "The requests that left for another host."
+        hosts = [(urllib.parse.urlsplit(url), url) for url in self.requests]
+        return [url for p, url in hosts if p.scheme not in ("data", "blob", "about") and p.hostname != "127.0.0.1"]
+
+    def shoot(self, name: str, **options) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{name}.png", **options)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM, "AOI_REQUIRE_BROWSER is set, and there is no Chromium on PATH"
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=60_000)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, request):
+    "Open a page of a given size; at the end, which may be a failure, a last screenshot is taken and all are closed."
+    context = []
+
+    def open_page(width: int = 1280, height: int = 900) -> Visit:
+        context.append(browser.new_context(viewport={"width": width, "height": height}))
+        page = context[-1].new_page()
+        page.set_default_timeout(60_000)
+        return Visit(page)
+
+    yield open_page
+    for c in context:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        c.pages[0].screenshot(path=SHOTS / f"{request.node.name}-end.png")
+        c.close()
+
+
+# the docs site
+
+
+@pytest.fixture(scope="module")
+def site():
+    "The docs on a loopback port, built if they are not there."
+    docs = ROOT / "_docs"
+    if not (docs / "index.html").exists():
+        subprocess.run([sys.executable, "tools/build_docs.py"], cwd=ROOT, check=True, timeout=200)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(docs))) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join(10)
+
+
+def test_docs_landing_page(site, visit):
+    v = visit()
+    v.page.goto(f"{site}/index.html")
+    assert "aoi_ssl" in v.page.title()
+    v.shoot("docs-landing")
+    links = v.page.locator("#quarto-sidebar a.sidebar-link")
+    assert links.count() >= 10
+    links.filter(has_text="retrieval").last.click()  # navigation leads to the page that it names
+    v.page.wait_for_url("**/api/retrieval.html")
+    assert v.outside() == [] and v.errors == []
+
+
+def test_docs_api_page_has_a_parameter_table(site, visit):
+    v = visit()
+    v.page.goto(f"{site}/api/core.html")
+    tables = v.page.locator("table", has=v.page.locator("th", has_text="meaning"))
+    assert tables.count() >= 3
+    row = tables.first.locator("tbody tr").first
+    assert row.locator("td").first.inner_text() and row.locator("td").last.inner_text()
+    v.page.locator("h3", has_text="step_seed").scroll_into_view_if_needed()
+    v.shoot("docs-api")
+    assert v.outside() == [] and v.errors == []
+
+
+def test_docs_search_finds_a_name(site, visit):
+    v = visit()
+    v.page.goto(f"{site}/index.html")
+    v.page.locator("input[type=search]").first.fill("atomic_path")
+    v.page.locator("a[href*='api/core.html']", has_text="atomic_path").first.wait_for()
+    v.shoot("docs-search")
+    assert v.outside() == [] and v.errors == []
+
+
+def test_docs_tutorial_shows_its_pictures_on_a_phone(site, visit):
+    v = visit(390, 844)
+    v.page.goto(f"{site}/tutorials/quickstart.html")
+    v.page.wait_for_load_state("load")
+    v.shoot("docs-tutorial-phone", full_page=True)
+    pictures = v.page.locator("main img")
+    for n in range(pictures.count()):
+        pictures.nth(n).scroll_into_view_if_needed()
+    broken = "[...document.querySelectorAll('main img')].filter(i => !i.complete || !i.naturalWidth).length"
+    v.page.wait_for_function(f"() => {broken} === 0")
+    assert pictures.count() >= 1
+    wide = v.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+    assert wide <= 1, f"the page is {wide} px wider than a phone"
+    assert v.outside() == [] and v.errors == []
+
+
+# notebooks in JupyterLab
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "JupyterLab on a loopback port, over copies of the notebooks, with settings of its own; stopped at the end."
+    home = tmp_path_factory.mktemp("lab")
+    work = home / "work"
+    shutil.copytree(ROOT / "nbs", work, ignore=shutil.ignore_patterns(".*", "_*"))
+    cells = [
+        {"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None, "source": source}
+        for source in ("import aoi_ssl\nprint('aoi_ssl', aoi_ssl.__version__, 6 * 7)",)
+    ]
+    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    small = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    (work / "small.ipynb").write_text(json.dumps(small))
+    options = {  # every cell is drawn, scrolled to or not; no question about news
+        "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+        "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }
+    for name, value in options.items():
+        file = home / "settings" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JUPYTER")}
+    env |= {f"JUPYTER_{k}_DIR": str(home / k.lower()) for k in ("CONFIG", "DATA", "RUNTIME")}
+    env |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=test", f"--ServerApp.root_dir={work}"]
+    with open(home / "log", "w") as log:
+        server = subprocess.Popen(command, cwd=work, env=env, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            assert server.poll() is None, (home / "log").read_text()[-3000:]
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"{url}/api/status?token=test", timeout=5).read()
+                break
+            time.sleep(0.5)
+        else:
+            raise AssertionError("JupyterLab did not start in 60 s:\n" + (home / "log").read_text()[-3000:])
+        yield url
+    finally:
+        with contextlib.suppress(OSError):  # asks it to stop, kernels first; then whatever is left of its group
+            stop = urllib.request.Request(f"{url}/api/shutdown?token=test", method="POST")
+            urllib.request.urlopen(stop, timeout=20).read()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait(10)
+
+
+def open_notebook(v: Visit, lab: str, path: str) -> None:
+    "Open a notebook in JupyterLab and wait until its cells are drawn."
+    v.page.goto(f"{lab}/lab/workspaces/auto-{Path(path).stem}/tree/{path}?token=test&reset")
+    v.page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    v.page.wait_for_function("document.querySelectorAll('.jp-Notebook .jp-Cell.jp-mod-active').length > 0")
+
+
+def expected(path: str) -> tuple[int, int]:
+    "Cells and pictures that a notebook has."
+    cells = json.loads((ROOT / "nbs" / path).read_text(encoding="utf-8"))["cells"]
+    outputs = [o for cell in cells for o in cell.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    return len(cells), sum("image/png" in o.get("data", {}) for o in outputs)
+
+
+def test_the_tutorial_renders_in_jupyterlab(lab, visit):
+    "Every cell is drawn, no output is an error, every committed picture shows."
+    path = "tutorials/quickstart.ipynb"
+    cells, pictures = expected(path)
+    v = visit(1400, 1000)
+    open_notebook(v, lab, path)
+    v.page.wait_for_function(f"document.querySelectorAll('.jp-Notebook .jp-Cell').length >= {cells}")
+    images = "[...document.querySelectorAll('.jp-OutputArea-output img')]"
+    v.page.wait_for_function(f"{images}.filter(i => i.complete && i.naturalWidth).length >= {pictures}")
+    assert pictures >= 1
+    assert v.page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    v.shoot("lab-tutorial")
+    v.page.locator(".jp-OutputArea-output img").last.scroll_into_view_if_needed()
+    v.shoot("lab-tutorial-last-picture")
+    assert v.outside() == []
+
+
+def test_a_cell_runs_in_jupyterlab(lab, visit):
+    "The kernel of this environment starts, imports the package, and its answer reaches the page."
+    import aoi_ssl
+
+    v = visit()
+    open_notebook(v, lab, "small.ipynb")
+    # a cell that is run before its kernel answers is forgotten
+    v.page.locator("#jp-main-statusbar", has_text="| Idle").wait_for(timeout=90_000)
+    v.page.locator(".jp-Notebook .cm-content").first.click()
+    v.page.keyboard.press("Shift+Enter")
+    output = v.page.locator(".jp-OutputArea-output", has_text="aoi_ssl").first
+    output.wait_for(timeout=90_000)
+    assert output.inner_text().strip() == f"aoi_ssl {aoi_ssl.__version__} 42"
+    v.shoot("lab-cell")
+    assert v.outside() == []

@@ -1,0 +1,121 @@
+"The commands: same defaults as in Python, one line for an error, exit codes, and the whole way through a shell."
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+import aoi_ssl as aoi
+from aoi_ssl import cli
+
+VERBS = {
+    cli.synth: aoi.render_folder,
+    cli.pretrain: aoi.pretrain,
+    cli.finetune: aoi.finetune,
+    cli.demo: aoi.demo,
+    cli.segment: aoi.segment,
+}
+
+
+def aoi_command(*words, **options):
+    command = [sys.executable, "-c", "from aoi_ssl.cli import main; main()", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+
+
+@pytest.mark.parametrize("command", VERBS, ids=lambda c: c.__name__)
+def test_a_command_has_the_defaults_of_its_verb(command):
+    verb = inspect.signature(VERBS[command]).parameters
+    shared = 0
+    for name, parameter in inspect.signature(command).parameters.items():
+        required = (inspect.Parameter.empty, None)
+        if name in verb and parameter.default is not inspect.Parameter.empty and verb[name].default not in required:
+            assert str(parameter.default) == str(verb[name].default), name
+            shared += 1
+    assert shared
+
+
+def test_help_is_there_for_every_command_and_does_not_load_torch():
+    code = """
+        import sys
+        from aoi_ssl.cli import main
+
+        sys.argv = ["aoi", "--help"]
+        try:
+            main()
+        finally:
+            print("torch" in sys.modules)
+    """
+    code = textwrap.dedent(code)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    for name in ("synth", "check", "pretrain", "bank", "finetune", "segment", "evaluate", "demo"):
+        assert name in out
+    assert out.strip().endswith("False")
+
+
+def test_check_says_what_is_wrong_and_leaves_with_1(folder, tmp_path):
+    assert aoi_command("check", folder).returncode == 0
+    (tmp_path / "im_buffer0.png").write_bytes(next(folder.rglob("*_buffer0.png")).read_bytes())
+    result = aoi_command("check", tmp_path)
+    assert result.returncode == 1 and "im_buffer0.png" in result.stdout and "1 error" in result.stdout
+
+
+def test_an_error_is_one_line_and_leaves_with_2(tmp_path):
+    for words in (
+        ["check", tmp_path / "nowhere"],
+        ["segment", tmp_path, "--with", tmp_path],
+        ["pretrain", tmp_path, "--budget", "soon"],
+    ):
+        result = aoi_command(*words)
+        assert result.returncode == 2, words
+        assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    assert aoi_command("check", "--no-such-option").returncode == 2
+
+
+def test_the_whole_way_through_a_shell(folder, tmp_path):
+    steps = [
+        ["pretrain", folder, "--split", "pretrain", "--budget", "2 steps", "--encoder", "nano", "-o", "encoder"],
+        ["bank", folder, "--split", "train", "--encoder", "encoder", "-o", "bank"],
+        ["finetune", folder, "--split", "train", "--encoder", "encoder", "--budget", "2 steps", "-o", "segmenter"],
+        ["segment", folder, "--with", "bank", "-o", "masks"],
+        ["evaluate", folder, "--split", "new", "--with", "segmenter", "-o", "counts.csv"],
+    ]
+    for words in steps:
+        result = aoi_command(*words, cwd=tmp_path)
+        assert result.returncode == 0, (words, result.stderr)
+    assert "mIoU" in result.stdout and (tmp_path / "counts.csv").exists()
+    assert len(list((tmp_path / "masks").rglob("*.png"))) == 5 * 4
+    again = aoi_command(*steps[1], cwd=tmp_path)
+    assert again.returncode == 2 and "not empty" in again.stderr
+    assert aoi_command(*steps[1], "--overwrite", cwd=tmp_path).returncode == 0
+
+
+def test_ctrl_c_saves_and_leaves_with_130(folder, tmp_path):
+    command = [
+        sys.executable,
+        "-c",
+        "from aoi_ssl.cli import main; main()",
+        "pretrain",
+        str(folder),
+        "--encoder",
+        "nano",
+        "--budget",
+        "10m",
+        "-o",
+        "encoder",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+    seen = ""
+    start = time.monotonic()
+    while "step 1" not in seen and time.monotonic() - start < 60:
+        seen += process.stderr.read(20)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "resume" in rest
+    assert (tmp_path / "encoder.checkpoint").exists() and not (tmp_path / "encoder").exists()

@@ -1,0 +1,321 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from aoi_ssl import predict
+from aoi_ssl.core import AoiError, write_json
+from aoi_ssl.data import load_folder, read_mask, write_mask
+from aoi_ssl.metrics import binary_counts, mean_iou, scores
+from aoi_ssl.predict import (
+    Segmenter,
+    calibrate,
+    evaluate,
+    load_segmenter,
+    predict_image,
+    segment,
+    to_mask,
+)
+
+CLASSES = ["wire", "epoxy"]
+
+
+class Bright(Segmenter):
+    "Light 0 is the probability of wire, light 1 that of epoxy."
+
+    kind = "test-bright"
+
+    def __init__(self, classes=CLASSES, channels=2, gain=1.0):
+        super().__init__(classes, channels)
+        self.gain = gain
+        self.register_buffer("weight", torch.ones(1))
+
+    def predict(self, images):
+        assert images.shape[1] == self.channels and not torch.is_grad_enabled()
+        return (self.gain * images[:, : len(self.classes)]).clamp(0, 1)
+
+    def _save(self, folder):
+        torch.save(self.weight, folder / "weight.pt")
+        return {"gain": self.gain}
+
+    @classmethod
+    def _load(cls, folder, manifest):
+        torch.load(folder / "weight.pt")
+        return cls(manifest["classes"], manifest["channels"], manifest["gain"])
+
+
+def make(root, *, labelled, epoxy=True, lights=2, classes=CLASSES, size=(40, 50)):
+    "Wire pixels have 160 under light 0 and others 60; epoxy has 220 and others 110 under light 1; ../d1 and ../d2."
+    rng = np.random.default_rng(0)
+    for i, is_labelled in enumerate(labelled):
+        stem = f"acme/d{i % 2 + 1}/im{i}"
+        mask = np.zeros((len(classes), *size), bool)
+        mask[0, 10 + i : 14 + i] = True
+        if len(classes) > 1:
+            mask[1, 20:30, 5:40] = epoxy
+        (root / stem).parent.mkdir(parents=True, exist_ok=True)
+        for light in range(lights):
+            plane = mask[min(light, len(classes) - 1)]
+            pixels = np.where(plane, (160, 220)[light % 2], (60, 110)[light % 2]) + rng.integers(-9, 10, size)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / f"{stem}_buffer{light}.png")
+        if is_labelled:
+            write_mask(root / f"{stem}.png", mask, classes=classes, mask_format="bits")
+    write_json(root / "classes.json", {"classes": classes, "mask_format": "bits"})
+    return load_folder(root)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("parts"), labelled=[True] * 4 + [False] * 2)
+
+
+def test_protocol_is_abstract():
+    with pytest.raises(TypeError, match="predict"):
+        Segmenter(CLASSES, 2)
+    assert Bright().thresholds.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 200), (2, 65, 40)])
+def test_any_shape_passes(shape):
+    "Also one that is not square and smaller than a patch."
+    image = torch.rand(shape)
+    assert torch.allclose(predict_image(Bright(), image, size=32, overlap=8), image, atol=1e-6)
+
+
+def test_image_with_other_channels():
+    with pytest.raises(AoiError, match=r"\(3, 40, 40\).*2 channels"):
+        predict_image(Bright(), torch.rand(3, 40, 40))
+    with pytest.raises(AoiError, match="C, H, W"):
+        predict_image(Bright(), torch.rand(1, 2, 40, 40))
+
+
+def test_logits_from_predict_are_refused():
+    class Logits(Bright):
+        kind = "test-logits"
+
+        def predict(self, images):
+            return torch.logit(images, 1e-6)
+
+    with pytest.raises(AoiError, match="sigmoid"):
+        predict_image(Logits(), torch.rand(2, 8, 8))
+
+
+def test_training_mode_is_left_as_it_was():
+    seen = []
+
+    class Watch(Bright):
+        kind = "test-watch"
+
+        def predict(self, images):
+            seen.append(self.training)
+            return super().predict(images)
+
+    for training in (True, False):
+        segmenter = Watch().train(training)
+        predict_image(segmenter, torch.rand(2, 8, 8))
+        assert segmenter.training is training
+    assert seen == [False, False]
+
+
+def test_mask_is_strictly_above_the_threshold():
+    p = torch.tensor([0.2, 0.5, 1.0]).expand(2, 1, 3)
+    assert to_mask(p, torch.tensor([0.5, 1.0])).int().tolist() == [[[0, 0, 1]], [[0, 0, 0]]]
+
+
+def test_calibrate_equals_brute_force_over_whole_images(parts):
+    segmenter, ds = Bright(gain=1.2), parts["labelled"]
+    curve = segmenter.calibrate(ds, size=32, overlap=8)
+    assert list(curve.columns[:2]) == ["class", "threshold"] and len(curve) == 2 * 49
+    for t in (0.3, 0.5, 0.7):
+        counts = sum(binary_counts(1.2 * ds[i]["image"] > t, ds[i]["mask"], ds[i]["ignore"]) for i in range(len(ds)))
+        rows = curve[curve["threshold"] == t].set_index("class").loc[CLASSES, ["tp", "fp", "fn"]]
+        assert rows.values.tolist() == counts.tolist()
+    best = curve.loc[curve.groupby("class")["iou"].idxmax()].set_index("class")["iou"]
+    assert (best == 1).all()  # the two classes are separable, but not at 0.5
+    assert 60 * 1.2 / 255 < segmenter.thresholds[0] < 160 * 1.2 / 255
+    assert 110 * 1.2 / 255 < segmenter.thresholds[1] < 1
+    assert mean_iou(evaluate(segmenter, ds)) == 1
+    assert mean_iou(evaluate(Bright(gain=1.2), ds)) < 1
+
+
+def test_each_image_is_predicted_once(parts, monkeypatch):
+    calls, real = [], predict.predict_image
+    monkeypatch.setattr(predict, "predict_image", lambda *a, **k: calls.append(1) or real(*a, **k))
+    calibrate(Bright(), parts["labelled"])
+    assert len(calls) == 4
+
+
+def test_ignored_pixels_are_not_calibrated_on(parts, monkeypatch):
+    real = predict.native_item
+
+    def half_ignored(*args, **options):
+        item = real(*args, **options)
+        left = np.zeros_like(item["mask"])
+        left[..., :25] = True
+        return item | {"mask": item["mask"] ^ left, "ignore": left}  # wrong labels where they are ignored
+
+    clean = evaluate(Bright(gain=1.2), parts["labelled"])
+    monkeypatch.setattr(predict, "native_item", half_ignored)
+    segmenter = Bright(gain=1.2)
+    segmenter.calibrate(parts["labelled"])
+    dirty = evaluate(segmenter, parts["labelled"])
+    assert dirty["fn"].sum() == dirty["fp"].sum() == 0
+    assert dirty[["tp", "fn"]].sum().sum() < clean[["tp", "fn"]].sum().sum()
+
+
+def test_class_that_calibration_lacks_is_never_predicted(tmp_path):
+    ds = make(tmp_path, labelled=[True, True], epoxy=False)["labelled"]
+    segmenter = Bright()
+    with pytest.warns(UserWarning, match="epoxy has no labelled pixel.*never be predicted"):
+        segmenter.calibrate(ds)
+    assert segmenter.thresholds[1] == 1.0
+    assert not to_mask(predict_image(segmenter, torch.ones(2, 8, 8)), segmenter.thresholds)[1].any()
+
+
+def test_class_that_is_never_hit_is_named(parts):
+    segmenter = Bright(gain=0.01)
+    with pytest.warns(UserWarning, match="is hit at no threshold.*never be predicted") as caught:
+        segmenter.calibrate(parts["labelled"])
+    assert [str(w.message).split()[0] for w in caught] == CLASSES and segmenter.thresholds.tolist() == [1, 1]
+
+
+def test_evaluate_makes_a_row_per_image_and_class(parts):
+    frame = evaluate(Bright(), parts["labelled"], method="bright", labels=3)
+    assert list(frame.columns) == ["method", "labels", "stem", "device", "class", "tp", "fp", "fn"]
+    assert len(frame) == 8 and set(frame["device"]) == {"d1", "d2"} and set(frame["method"]) == {"bright"}
+    assert frame["stem"].tolist()[::2] == [s for s in parts["labelled"]["stem"]]
+    ds = parts["labelled"]
+    counts = binary_counts(ds[2]["image"] > 0.5, ds[2]["mask"])
+    assert frame[frame["stem"] == ds[2]["stem"]][["tp", "fp", "fn"]].values.tolist() == counts.tolist()
+    assert len(scores(frame, by=("device", "class"))) == 4
+
+
+def test_unlabelled_images_are_skipped_or_named(tmp_path):
+    from datasets import concatenate_datasets
+
+    parts = make(tmp_path, labelled=[True, False, True])
+    both = concatenate_datasets([parts["labelled"], parts["unlabelled"]])
+    assert evaluate(Bright(), both)["stem"].nunique() == 2
+    for verb in (evaluate, calibrate):
+        with pytest.raises(AoiError, match="None of the 1 images has a label"):
+            verb(Bright(), parts["unlabelled"])
+
+
+def test_dataset_must_fit_the_segmenter(parts, tmp_path):
+    with pytest.raises(AoiError, match="in this order"):
+        evaluate(Bright(classes=CLASSES[::-1]), parts["labelled"])
+    with pytest.raises(AoiError, match="ball"):
+        calibrate(Bright(classes=["wire", "ball"]), parts["labelled"])
+    one_light = make(tmp_path / "one", labelled=[True], lights=1)["labelled"]
+    for call in (evaluate, calibrate, lambda s, d: segment(s, d, tmp_path / "out")):
+        with pytest.raises(AoiError, match=r"1 channels.*expects 2"):
+            call(Bright(), one_light)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mask_format", ["bits", "classes", "npy"])
+def test_segment_writes_masks_that_are_read_again(parts, tmp_path, mask_format):
+    ds, segmenter = parts["labelled"], Bright()
+    table = segment(segmenter, ds, tmp_path / "out", mask_format=mask_format)
+    said = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert said == {"classes": CLASSES, "mask_format": mask_format}
+    assert table["stem"].tolist() == list(ds["stem"]) and (table["seconds"] > 0).all()
+    suffix = ".npy" if mask_format == "npy" else ".png"
+    for i, row in table.iterrows():
+        assert len(list((tmp_path / "out").glob(row["file"]))) == (2 if mask_format == "classes" else 1)
+        want = ds[i]["image"] > 0.5
+        got, ignore = read_mask(tmp_path / "out" / (row["stem"] + suffix), classes=CLASSES, mask_format=mask_format)
+        assert torch.equal(got, want) and not ignore.any()
+        assert row[CLASSES].tolist() == pytest.approx(want.float().mean((1, 2)).tolist())
+
+
+def test_segment_never_reads_labels(parts, tmp_path, monkeypatch):
+    real, asked = predict.native_item, []
+    monkeypatch.setattr(predict, "native_item", lambda *a, labels=True: asked.append(labels) or real(*a, labels=labels))
+    assert len(segment(Bright(), parts["unlabelled"], tmp_path / "a")) == 2
+    assert len(segment(Bright(), parts["labelled"], tmp_path / "b")) == 4
+    assert asked == [False] * 6
+
+
+def test_segment_can_write_probabilities(parts, tmp_path):
+    segment(Bright(), parts["labelled"], tmp_path / "out", probabilities=True)
+    item = parts["labelled"][1]
+    stored = np.load(tmp_path / "out" / f"{item['stem']}.npz")["probabilities"]
+    assert stored.dtype == np.float16 and np.allclose(stored, item["image"], atol=1e-3)
+
+
+def test_segment_leaves_a_folder_with_files_alone(parts, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years")
+    with pytest.raises(AoiError, match="not empty"):
+        segment(Bright(), parts["labelled"], tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years"
+    segment(Bright(), parts["labelled"], tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "thesis.tex").exists()
+    with pytest.raises(AoiError, match="mask_format"):
+        segment(Bright(), parts["labelled"], tmp_path / "new", mask_format="gif")
+
+
+def test_segment_broken_off_leaves_nothing(parts, tmp_path, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "write_mask", stop)
+    with pytest.raises(KeyboardInterrupt):
+        segment(Bright(), parts["labelled"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_and_load(parts, tmp_path):
+    segmenter = Bright(gain=0.9)
+    segmenter.calibrate(parts["labelled"])
+    segmenter.save(tmp_path / "s")
+    for back in (load_segmenter(tmp_path / "s"), Segmenter.load(str(tmp_path / "s")), Bright.load(tmp_path / "s")):
+        assert type(back) is Bright and back.gain == 0.9 and not back.training
+        assert back.classes == CLASSES and torch.equal(back.thresholds, segmenter.thresholds)
+        pd.testing.assert_frame_equal(evaluate(back, parts["labelled"]), evaluate(segmenter, parts["labelled"]))
+    with pytest.raises(AoiError, match="not empty"):
+        segmenter.save(tmp_path / "s")
+
+
+def test_a_full_disk_while_saving_keeps_the_old_one(tmp_path, monkeypatch):
+    Bright(gain=0.5).save(tmp_path / "s")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        Bright(gain=0.7).save(tmp_path / "s", overwrite=True)
+    assert load_segmenter(tmp_path / "s").gain == 0.5 and [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_loading_what_is_no_segmenter(tmp_path):
+    with pytest.raises(AoiError, match="no segmenter.json"):
+        load_segmenter(tmp_path / "nowhere")
+    write_json(tmp_path / "encoder" / "encoder.json", {})
+    with pytest.raises(AoiError, match="It holds an encoder"):
+        load_segmenter(tmp_path / "encoder")
+    good = {"kind": "test-bright", "classes": CLASSES, "channels": 2, "thresholds": [0.5, 0.5], "gain": 1}
+    for change, message in [
+        ({"kind": "quantum"}, "quantum.*known are.*bank.*upernet"),
+        ({"thresholds": [0.5]}, "damaged.*threshold for each class"),
+    ]:
+        write_json(tmp_path / "s" / "segmenter.json", good | change)
+        with pytest.raises(AoiError, match=message):
+            load_segmenter(tmp_path / "s")
+    write_json(tmp_path / "s" / "segmenter.json", {"classes": CLASSES})
+    with pytest.raises(AoiError, match="missing.*kind"):
+        load_segmenter(tmp_path / "s")
+
+
+def test_loading_another_kind_than_expected(tmp_path):
+    class Other(Bright):
+        kind = "test-other"
+
+    Bright().save(tmp_path / "s")
+    with pytest.raises(AoiError, match="test-bright.*no Other"):
+        Other.load(tmp_path / "s")

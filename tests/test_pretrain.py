@@ -1,0 +1,301 @@
+"Masked autoencoding: learns, resumes bit for bit, keeps statistics, leaves no half-written folder."
+
+import inspect
+import os
+import signal
+
+import pandas as pd
+import pytest
+import torch
+from transformers import ViTMAEForPreTraining
+
+from aoi_ssl.augment import Augment
+from aoi_ssl.core import AoiError, step_seed
+from aoi_ssl.data import channel_stats, load_folder
+from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder, mae_config, new_vit, quiet
+from aoi_ssl.pretrain import Pretrained, _validation, decay_groups, load_pretrained, pretrain, visible_statistics
+
+SMALL = {"encoder": "nano", "crop": 64, "batch_size": 4, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    from aoi_ssl.synthetic import render_folder
+
+    path = tmp_path_factory.mktemp("pretrain") / "parts"
+    render_folder(path, devices=0, new_devices=0, pretrain_devices=3, images=3, size=256, progress=False)
+    return load_folder(path)["pretrain"]
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "encoder"
+    return pretrain(images, out, **SMALL, budget="12 steps", validation=images.select([0, 1])), out
+
+
+def stop_at(step):
+    class Impatient(Augment):
+        def __call__(self, *args, seed):
+            if seed == step_seed(0, step, 1):
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(*args, seed=seed)
+
+    return Impatient()
+
+
+def test_the_defaults_are_the_papers():
+    defaults = {n: p.default for n, p in inspect.signature(pretrain).parameters.items()}
+    assert defaults["mask_ratio"] == 0.7 and defaults["norm_pix"] and defaults["augment"] is True
+    assert defaults["weight_decay"] == 0.05 and defaults["encoder"] == "tiny" and defaults["patch_size"] == 16
+
+
+def test_it_learns(images):
+    history = pretrain(images, **(SMALL | {"batch_size": 8}), patch_size=8, budget="80 steps").history
+    assert history.loss.head(10).mean() > 0.95 and history.loss.tail(10).mean() < 0.9
+
+
+def test_zero_positions_would_learn_less(images):
+    """The regression test of design section 5, on a task that needs positions: every patch of a fixed picture."""
+
+    def last_loss(initialised):
+        torch.manual_seed(0)
+        config = mae_config("nano", image_size=64, patch_size=8)
+        mae = new_vit(config, model=ViTMAEForPreTraining) if initialised else ViTMAEForPreTraining(config)
+        pixels = images[0]["image"][None, :, 64:128, 64:128].expand(8, -1, -1, -1)
+        optimizer = torch.optim.AdamW([p for p in mae.parameters() if p.requires_grad], lr=2e-3)
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss = mae(pixels).loss
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    assert last_loss(True) < 0.5 * last_loss(False)
+
+
+def test_weight_decay_spares_norms_biases_and_tokens_and_misses_nothing():
+    mae = new_vit(mae_config("nano", image_size=32), model=ViTMAEForPreTraining)
+    names = {id(p): n for n, p in mae.named_parameters()}
+    matrices, others = decay_groups(mae, weight_decay=0.05)
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.05, 0)
+    decayed, spared = ({names[id(p)] for p in g["params"]} for g in (matrices, others))
+    assert not decayed & spared
+    assert set(names.values()) - decayed - spared == {"vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"}
+    assert all(n.endswith(".weight") and "norm" not in n for n in decayed)
+    assert {"vit.embeddings.cls_token", "decoder.mask_token"} <= spared
+
+
+# --- one seed, one result; killed and resumed ---
+
+
+def test_one_seed_one_result(images):
+    a, b, c = (pretrain(images, **SMALL, budget="3 steps", seed=s) for s in (0, 0, 1))
+    assert a.encoder.fingerprint() == b.encoder.fingerprint() != c.encoder.fingerprint()
+    assert a.history.loss.equals(b.history.loss) and not a.history.loss.equals(c.history.loss)
+
+
+def test_ctrl_c_saves_and_the_resumed_run_is_the_unbroken_one(images, tmp_path):
+    out, held_out = tmp_path / "runs" / "encoder", images.select([0])
+    options = {**SMALL, "budget": "10 steps", "validation": held_out}
+    whole = pretrain(images, **options)
+    with pytest.raises(KeyboardInterrupt, match="resume=True"):
+        pretrain(images, out, augment=stop_at(5), **options)
+    assert not out.exists() and (tmp_path / "runs" / "encoder.checkpoint").exists()
+    with pytest.raises(AoiError, match="did not end. Pass resume=True"):
+        pretrain(images, out, **options)
+    with pytest.raises(AoiError, match="Resume with the same settings"):
+        pretrain(images, out, resume=True, **(options | {"base_lr": 1e-3}))
+    resumed = pretrain(images, out, resume=True, **options)
+    assert resumed.history.loss.equals(whole.history.loss)
+    assert resumed.history.validation_loss.equals(whole.history.validation_loss)
+    assert resumed.encoder.fingerprint() == whole.encoder.fingerprint()
+    for a, b in zip(resumed.mae.parameters(), whole.mae.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["encoder"]
+
+
+@pytest.mark.parametrize(("budget", "steps"), [("3 steps", 3), ("2 epochs", 6)])
+def test_budgets(images, budget, steps):
+    history = pretrain(images, **SMALL, budget=budget).history  # 9 images, batches of 4: 3 steps an epoch
+    assert len(history) == steps and history.lr.iloc[-1] < 0.6 * history.lr.max()
+
+
+def test_a_budget_in_seconds_anneals_to_its_end(images):
+    history = pretrain(images, **SMALL, budget=2.0).history
+    assert 1.9 < history.seconds.iloc[-1] < 6 and history.lr.iloc[-1] < 0.3 * history.lr.max()
+
+
+# --- validation ---
+
+
+def test_validation_is_fixed_and_never_augmented(images, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("validation data was augmented")
+
+    monkeypatch.setattr(Augment, "__call__", never)
+    mae = new_vit(mae_config("nano", image_size=64), model=ViTMAEForPreTraining)
+    encoder = ViTEncoder(mae.vit)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        a = _validation(images.select([0]), encoder, 64, 4)(mae)
+        torch.manual_seed(2)
+        b = _validation(images.select([0]), encoder, 64, 4)(mae)
+    assert a == b and a["score"] == -a["loss"]
+
+
+def test_validation_loss_is_in_the_history(trained):
+    result, _ = trained
+    validated = result.history.validation_loss.dropna()
+    assert len(validated) >= 5 and (validated < 2).all()
+
+
+# --- statistics and folder ---
+
+
+def test_statistics_are_those_of_the_training_images_and_travel(images, trained):
+    result, out = trained
+    mean, std = channel_stats(images)
+    for encoder in result.encoder, Encoder.from_pretrained(out):
+        assert torch.allclose(encoder.mean, mean) and torch.allclose(encoder.std, std)
+
+
+def test_the_folder_opens_everywhere(trained):
+    result, out = trained
+    x = torch.rand(1, 2, 80, 70)
+    again, encoder = load_pretrained(out), Encoder.from_pretrained(out)
+    with quiet():
+        theirs = ViTMAEForPreTraining.from_pretrained(out)
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "encoder.json", "history.csv", "model.safetensors"]
+    for one in encoder, again.encoder:
+        assert torch.equal(one.encode(x), result.encoder.encode(x))
+    assert again.encoder.vit is again.mae.vit and theirs.config.mask_ratio == 0.7 and theirs.config.norm_pix_loss
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), result.mae.parameters(), strict=True))
+    assert not again.mae.vit.embeddings.position_embeddings.requires_grad
+    assert not again.mae.decoder.decoder_pos_embed.requires_grad
+    pd.testing.assert_frame_equal(again.history, result.history, check_dtype=False)
+
+
+def test_a_folder_without_an_autoencoder_is_refused(tmp_path):
+    PixelEncoder().save_pretrained(tmp_path / "pixels")
+    ViTEncoder("nano", image_size=32).save_pretrained(tmp_path / "vit")
+    for name in "pixels", "vit":
+        with pytest.raises(AoiError, match="no autoencoder"):
+            load_pretrained(tmp_path / name)
+
+
+def test_a_full_disk_at_the_end_keeps_the_checkpoint(images, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Pretrained, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            pretrain(images, tmp_path / "encoder", **SMALL, budget="3 steps")
+    assert not (tmp_path / "encoder").exists()
+    result = pretrain(images, tmp_path / "encoder", **SMALL, budget="3 steps", resume=True)
+    assert len(result.history) == 3 and (tmp_path / "encoder" / "model.safetensors").exists()
+
+
+def test_start_from(images, trained, tmp_path):
+    result, out = trained
+    still = {**SMALL, "budget": "1 steps", "base_lr": 1e-12, "weight_decay": 0.0}
+    more = pretrain(images, **(still | {"encoder": "tiny", "crop": 96}), start_from=out)  # its preset and patch size win
+    assert more.mae.config.hidden_size == 48 and more.mae.config.image_size == 96
+    assert torch.allclose(more.mae.vit.layers[0].mlp.fc1.weight, result.mae.vit.layers[0].mlp.fc1.weight, atol=1e-6)
+    assert torch.allclose(more.mae.decoder.mask_token, result.mae.decoder.mask_token, atol=1e-6)
+    assert more.mae.vit.embeddings.position_embeddings.shape[1] == 37
+    ViTEncoder("nano", channels=3, image_size=32).save_pretrained(tmp_path / "three")
+    with pytest.raises(AoiError, match="made for 3 channels; the images have 2"):
+        pretrain(images, **SMALL, budget="1 steps", start_from=tmp_path / "three")
+    plain = ViTEncoder("nano", image_size=32, patch_size=8, mean=[0.1, 0.2], std=[0.3, 0.4])
+    plain.save_pretrained(tmp_path / "plain")
+    other = pretrain(images, **still, start_from=tmp_path / "plain")
+    assert other.encoder.patch_size == 8 and torch.allclose(other.encoder.mean, torch.tensor([0.1, 0.2]))
+
+
+# --- reconstruction ---
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 70), (20, 130)])
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_reconstruction(size, norm_pix):
+    mae = new_vit(mae_config("nano", image_size=64, norm_pix=norm_pix), model=ViTMAEForPreTraining).eval()
+    result = Pretrained(ViTEncoder(mae.vit, mean=[0.4, 0.5], std=[0.2, 0.1]), mae, pd.DataFrame())
+    x = torch.rand(2, 2, *size)
+    image, hidden, rebuilt = result.reconstruct(x, seed=1)
+    assert torch.equal(image, x) and hidden.shape == (2, *size) and hidden.dtype == torch.bool
+    assert rebuilt.shape == x.shape and 0 <= rebuilt.min() and rebuilt.max() <= 1
+    shown = ~hidden[:, None].expand_as(x)
+    assert torch.equal(rebuilt[shown], x[shown]) and not torch.equal(rebuilt, x)
+    assert torch.equal(rebuilt, result.reconstruct(x, seed=1).rebuilt)
+    assert not torch.equal(hidden, result.reconstruct(x, seed=2).hidden)
+    if size == (64, 64):
+        assert 0.65 < hidden.float().mean() < 0.76
+        assert hidden.unfold(1, 16, 16).unfold(2, 16, 16).flatten(3).float().mean(-1).unique().tolist() == [0, 1]
+        few = result.reconstruct(x, mask_ratio=0.25)
+        assert few.hidden.float().mean() == 0.25 and mae.config.mask_ratio == 0.7
+    with pytest.raises(AoiError, match="3 channels"):
+        result.reconstruct(torch.rand(1, 3, 64, 64))
+
+
+def test_reconstruction_knows_nothing_of_hidden_patches():
+    """Two images that differ only where patches are hidden are rebuilt alike: not even their brightness leaks."""
+    mae = new_vit(mae_config("nano", image_size=64), model=ViTMAEForPreTraining).eval()
+    result = Pretrained(ViTEncoder(mae.vit), mae, pd.DataFrame())
+    x = torch.rand(1, 2, 64, 64)
+    _, hidden, rebuilt = result.reconstruct(x)
+    other = torch.where(hidden[:, None], 0.9, x)
+    assert torch.allclose(result.reconstruct(other).rebuilt, rebuilt, atol=1e-5)
+
+
+def test_visible_statistics_by_hand():
+    patches = torch.tensor([[0.0, 2.0], [5.0, 5.0], [9.0, 9.0], [1.0, 3.0]])[None]
+    mean, std = visible_statistics(patches, torch.tensor([[False, True, True, False]]))
+    assert torch.allclose(mean[0, 1:3, 0], torch.tensor([1.5, 1.5]))  # 0 and 3 are equally far from 1 and 2
+    assert torch.allclose(std[0, 1, 0], torch.tensor(2.0).sqrt())
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"crop": 100}, "100 is no multiple of the patch size 16. Use 96"),
+        ({"crop": 320}, "smaller than a crop of 320"),
+        ({"budget": "soon"}, "no budget"),
+        ({"encoder": "huge"}, "no encoder preset 'huge'"),
+        ({"mask_ratio": 0}, "mask_ratio is 0"),
+        ({"resume": True}, "Pass out"),
+        ({"precision": "half"}, "precision is 'half'"),
+    ],
+)
+def test_wrong_plans_are_refused_before_the_first_step(images, wrong, message):
+    with pytest.raises(AoiError, match=message):
+        pretrain(images, **({**SMALL, "budget": "1 steps"} | wrong))
+
+
+def test_an_output_folder_that_is_not_empty_is_refused(images, trained, tmp_path):
+    _, out = trained
+    with pytest.raises(AoiError, match="not empty"):
+        pretrain(images, out, **SMALL, budget="1 steps")
+    assert load_pretrained(out)
+
+
+def test_an_empty_dataset_is_refused(images):
+    with pytest.raises(AoiError, match="no images"):
+        pretrain(images.select([]), **SMALL, budget="1 steps")
+
+
+def test_crops_fit_the_smallest_image_by_default(images):
+    result = pretrain(images, encoder="nano", batch_size=2, budget="1 steps", progress=False)
+    assert result.mae.config.image_size == 224
+
+
+def test_labels_are_never_opened(folder, monkeypatch):
+    import aoi_ssl.data as data
+
+    labelled = load_folder(folder)["train"]
+    assert all(labelled["labelled"])
+    monkeypatch.setattr(data, "read_mask", lambda *a, **k: pytest.fail("a mask was read"))
+    pretrain(labelled, **SMALL, budget="2 steps", validation=labelled)

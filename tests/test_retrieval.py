@@ -1,0 +1,485 @@
+"Patch retrieval: hand-computed cases, the published code's faults, and what happens to bad input."
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from aoi_ssl import retrieval
+from aoi_ssl.core import AoiError
+from aoi_ssl.data import class_names, load_folder
+from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder
+from aoi_ssl.metrics import THRESHOLDS, threshold_counts
+from aoi_ssl.predict import Segmenter, predict_image
+from aoi_ssl.retrieval import (
+    MemoryBank,
+    aggregate,
+    attention_weights,
+    build_bank,
+    cross_validate,
+    embed,
+    held_out_search,
+    pack_bits,
+    patch_folds,
+    patch_images,
+    patch_masks,
+    patchify_mask,
+    remember_image,
+    similarity_weights,
+    top_k,
+    unpack_bits,
+    unpatchify_mask,
+)
+
+CLASSES = ("wire", "ball")
+
+
+def write(folder, count, *, shape=(40, 56), classes=CLASSES, draw=None, first=0, unlabelled=(), lights=2):
+    "Noise images whose bright pixels are `wire` and whose dark ones are `ball`; `draw(mask, i)` changes a mask."
+    rng = np.random.default_rng(first)
+    place = folder / "acme" / "d001"
+    (place / "masks").mkdir(parents=True, exist_ok=True)
+    (folder / "classes.json").write_text(json.dumps({"classes": list(classes), "mask_format": "bits"}))
+    for i in range(first, first + count):
+        grey = rng.integers(0, 256, (lights, *shape), dtype=np.uint8)
+        for light in range(lights):
+            Image.fromarray(grey[light]).save(place / f"im{i}_buffer{light}.png")
+        mask = np.stack([grey[0] > 160, grey[0] < 60, *[np.zeros(shape, bool)] * (len(classes) - 2)])
+        if draw:
+            draw(mask, i)
+        if i not in unlabelled:
+            Image.fromarray((mask << np.arange(len(mask))[:, None, None]).sum(0).astype(np.uint8)).save(
+                place / "masks" / f"im{i}.png"
+            )
+    return load_folder(folder)["unlabelled" if i in unlabelled else "labelled"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    "Five images of 40 x 56: two and a half patches of 16 high, three and a half wide."
+    return write(tmp_path_factory.mktemp("noise"), 5)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return PixelEncoder(channels=2, patch_size=16)
+
+
+@pytest.fixture
+def bank(dataset, pixels):
+    return build_bank(dataset, pixels, k=3, calibrate=False)
+
+
+# --- pure functions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (20, 33), (5, 40), (1, 1)])
+def test_a_patch_is_the_slice_of_the_mask(shape):
+    mask = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    patches = patchify_mask(mask, 8, fill=True)
+    assert patches.shape == (math.ceil(shape[0] / 8), math.ceil(shape[1] / 8), 3, 8, 8)
+    for r in range(patches.shape[0]):
+        for c in range(patches.shape[1]):
+            own = mask[:, r * 8 : r * 8 + 8, c * 8 : c * 8 + 8]
+            assert patches[r, c, :, : own.shape[1], : own.shape[2]].equal(own)
+            assert patches[r, c, :, own.shape[1] :].all() and patches[r, c, :, :, own.shape[2] :].all()
+    assert unpatchify_mask(patches, *shape).equal(mask)
+    assert unpatchify_mask(torch.stack([patches, ~patches]).float(), *shape)[1].equal((~mask).float())
+
+
+def test_bits_survive_packing():
+    flags = torch.rand(9, 2 * 5 * 5, generator=torch.Generator().manual_seed(0)) > 0.5
+    assert pack_bits(flags).shape == (9, 7)
+    assert unpack_bits(pack_bits(flags), 50).equal(flags.float())
+
+
+def test_similarity_weights_by_hand():
+    assert torch.allclose(similarity_weights(torch.tensor([0.8, 0.6, 0.6])), torch.tensor([0.4, 0.3, 0.3]))
+    assert torch.allclose(similarity_weights(torch.tensor([[0.5, -0.9]])), torch.tensor([[1.0, 0.0]]))
+    assert similarity_weights(torch.tensor([-0.1, -0.2, 0.0, -1.0])).tolist() == [0.25] * 4
+
+
+def test_a_perfect_match_never_has_a_negative_weight():
+    above_one = torch.tensor([1.0 + 2**-22, 1.0, 0.99])  # what rounding makes of a patch's cosine with itself
+    for weights in (similarity_weights(above_one), attention_weights(above_one, 0.01)):
+        assert (weights > 0).all() and weights[0] == weights.max() and torch.isclose(weights.sum(), torch.tensor(1.0))
+
+
+def test_attention_weights_by_hand():
+    s, beta = [0.9, 0.7], 0.1
+    expected = [math.exp(v / beta) / sum(math.exp(u / beta) for u in s) for v in s]
+    assert torch.allclose(attention_weights(torch.tensor(s), beta), torch.tensor(expected))
+
+
+def test_top_k_in_blocks_is_exact():
+    keys = torch.nn.functional.normalize(torch.randn(301, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    similarity, index = top_k(keys[:50], keys, 9, query_block=7, key_block=40)
+    expected = (keys[:50] @ keys.T).topk(9)
+    assert torch.allclose(similarity, expected.values, atol=1e-6) and index.equal(expected.indices)
+    assert top_k(keys[:2], keys[:4], 30)[1].shape == (2, 4)
+
+
+def test_who_does_not_know_has_no_vote():
+    values = torch.tensor([[1, 0, 1, 0, 1], [1, 1, 0, 0, 1]]).bool()
+    known = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1]]).bool()
+    weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    index = torch.tensor([[0, 1], [0, -1]])  # the second query has one neighbour only
+    got = aggregate(weights, index, pack_bits(values), pack_bits(known), count=5)
+    assert torch.allclose(got, torch.tensor([[1, 0.25, 1, 0, 1], [1, 0, 1, 0, 1.0]]))
+
+
+def test_aggregate_in_blocks_equals_einsum():
+    g = torch.Generator().manual_seed(0)
+    values, index = torch.rand(60, 64, generator=g) > 0.7, torch.randint(0, 60, (33, 5), generator=g)
+    weights = similarity_weights(torch.rand(33, 5, generator=g))
+    expected = torch.einsum("qk,qkn->qn", weights, values.float()[index])
+    assert torch.allclose(aggregate(weights, index, pack_bits(values), count=64, block=8), expected, atol=1e-6)
+
+
+# --- what is remembered ---------------------------------------------------------------------------------------------
+
+
+def test_ignored_patches_stay_out_and_ignored_pixels_do_not_count(pixels):
+    mask = torch.ones(2, 32, 40, dtype=torch.bool)
+    ignore = torch.zeros_like(mask)
+    ignore[:, :16, :16] = True  # wholly ignored: not a key
+    ignore[0, :16, 16:32] = True  # ignored for one class: a key
+    ignore[1, 16, 0] = True  # one pixel
+    part = remember_image({"image": torch.rand(2, 32, 40), "mask": mask, "ignore": ignore}, pixels, number=4)
+    places = list(zip(part["y"].tolist(), part["x"].tolist(), strict=True))
+    assert places == [(0, 16), (0, 32), (16, 0), (16, 16), (16, 32)] and set(part["image"].tolist()) == {4}
+    known = unpack_bits(part["known"], 512).reshape(-1, 2, 16, 16)
+    values = unpack_bits(part["values"], 512).reshape(-1, 2, 16, 16)
+    assert known[0, 0].sum() == 0 and known[0, 1].all()
+    assert known[1, :, :, :8].all() and known[1, :, :, 8:].sum() == 0  # beyond the border nothing is known
+    assert known[2, 1, 0, 0] == 0 and known[2].sum() == 511
+    assert values.equal(known)  # all labelled, and never where it is not known
+    assert torch.allclose(part["keys"].norm(dim=-1), torch.ones(5))
+
+
+def test_an_ignore_label_reaches_the_bank_and_the_prediction(tmp_path, pixels):
+    def draw(mask, i):
+        mask[2, :16, :16] = i == 0  # a patch of ignore in the first image
+        mask[2, 20, 20] = True
+
+    dataset = write(tmp_path, 2, shape=(32, 32), classes=("wire", "ball", "ignore"), draw=draw)
+    assert class_names(dataset) == ["wire", "ball"]
+    bank = build_bank(dataset, pixels, k=1, calibrate=False)
+    assert len(bank.keys) == 7
+    own = bank.predict(dataset[0]["image"][None])[0]
+    expected = dataset[0]["mask"] & ~dataset[0]["ignore"]
+    assert (own[:, 16:] > 0.5).equal(expected[:, 16:]) and own[:, 20, 20].sum() == 0
+
+
+@pytest.mark.parametrize("i", [0, 3])
+def test_a_known_image_recalls_its_own_mask_exactly(bank, dataset, i):
+    bank.k = 1
+    assert bank.predict(dataset[i]["image"][None])[0].equal(dataset[i]["mask"].float())
+
+
+def test_prediction_by_hand(bank, dataset, pixels):
+    "One query patch, three neighbours, similarity weights, computed from the keys and masks themselves."
+    query = torch.rand(1, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    key = torch.nn.functional.normalize(pixels.encode(query).flatten(), dim=0)
+    cosine = bank.keys @ key
+    best = cosine.argsort(descending=True)[:3]
+    w = cosine[best] / cosine[best].sum()
+    whole = bank.x[best] + 16 <= 56
+    assert whole.any()
+    masks, known = patch_masks(bank, best).float(), patch_masks(bank, best, "known").float()
+    expected = sum(w[j] * masks[j] for j in range(3)) / sum(w[j] * known[j] for j in range(3)).clamp(min=1e-9)
+    assert torch.allclose(bank.predict(query)[0], expected, atol=1e-6)
+
+
+def test_windows_do_not_change_a_local_encoder(pixels):
+    image = torch.rand(1, 2, 100, 75, generator=torch.Generator().manual_seed(0))
+    assert embed(pixels, image, size=32).allclose(pixels.encode(image), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (7, 3), (16, 16), (33, 90)])
+def test_any_size_is_predicted(bank, shape):
+    p = bank.predict(torch.rand(2, 2, *shape))
+    assert p.shape == (2, 2, *shape) and p.min() >= 0 and p.max() <= 1
+    assert predict_image(bank, torch.rand(2, *shape), size=32, overlap=8).shape == (2, *shape)
+
+
+def test_k_beyond_the_bank_uses_all_there_is(bank):
+    bank.k = 10_000
+    bank.predict(torch.rand(1, 2, 16, 16))
+    assert len(bank.neighbours(torch.rand(2, 16, 16), 0, 0)) == len(bank.keys)
+
+
+# --- whole images ---------------------------------------------------------------------------------------------------
+
+
+def test_image_granularity_averages_whole_masks(dataset, pixels):
+    bank = build_bank(dataset, pixels, k=2, granularity="image", calibrate=False)
+    image = dataset[1]["image"]
+    means = torch.stack([pixels.encode(dataset[i]["image"][None]).mean((0, 1, 2)) for i in range(5)])
+    cosine = torch.nn.functional.cosine_similarity(means, means[1:2])
+    first, second = cosine.argsort(descending=True)[:2].tolist()
+    w = cosine[[first, second]] / cosine[[first, second]].sum()
+    expected = w[0] * dataset[first]["mask"] + w[1] * dataset[second]["mask"]
+    assert first == 1 and torch.allclose(bank.predict(image[None])[0], expected, atol=1e-6)
+    assert bank.neighbours(image, 20, 20)["stem"].tolist() == [dataset[first]["stem"], dataset[second]["stem"]]
+
+
+def test_image_granularity_skips_what_is_not_known(tmp_path, pixels):
+    def draw(mask, i):
+        mask[2, :16, :16] = i == 0
+
+    dataset = write(tmp_path, 2, shape=(32, 32), classes=("wire", "ball", "ignore"), draw=draw)
+    bank = build_bank(dataset, pixels, k=2, granularity="image", calibrate=False)
+    p = bank.predict(dataset[0]["image"][None])[0]
+    assert torch.allclose(p[:, :16, :16], dataset[1]["mask"][:, :16, :16].float())
+    assert len(bank.neighbours(dataset[0]["image"], 3, 3)) == 1
+
+
+def test_image_granularity_needs_one_size(dataset, pixels):
+    bank = build_bank(dataset, pixels, granularity="image", calibrate=False)
+    with pytest.raises(AoiError, match="64 x 64 .*40 x 56.*granularity='patch'"):
+        bank.predict(torch.rand(1, 2, 64, 64))
+
+
+# --- cross-validation -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["patch", "image"])
+@pytest.mark.parametrize("count", [3, 5])
+def test_no_fold_answers_itself(dataset, pixels, granularity, count):
+    bank = build_bank(dataset.select(range(count)), pixels, granularity=granularity, calibrate=False)
+    folds = patch_folds(bank)
+    assert len(folds.unique()) == count  # leave-one-out below five, five folds of one at five
+    for image in range(count):
+        assert len(folds[bank.image == image].unique()) == 1
+    queries = torch.arange(len(bank.keys))
+    _, rows = held_out_search(bank, queries, folds, 30)
+    assert (bank.image[rows] != bank.image[:, None]).all() and (rows >= 0).all()
+
+
+def test_more_images_than_folds_go_in_groups(tmp_path, pixels):
+    bank = build_bank(write(tmp_path, 7, shape=(16, 16)), pixels, calibrate=False)
+    assert sorted(patch_folds(bank).bincount().tolist()) == [1, 1, 1, 2, 2]
+    _, rows = held_out_search(bank, torch.arange(7), patch_folds(bank), 30)
+    assert rows.shape == (7, 5)  # never more neighbours than the smallest rest has
+    assert (patch_folds(bank)[rows] != patch_folds(bank)[:, None]).all()
+
+
+@pytest.mark.parametrize("aggregation", ["similarity", "attention"])
+def test_cross_validation_equals_leaving_each_image_out_in_truth(dataset, pixels, aggregation):
+    "The short cut over cached neighbours against banks that are really built without the image."
+    options = {"aggregation": aggregation, "calibrate": False}
+    bank = build_bank(dataset.select(range(3)), pixels, **options)
+    counts = cross_validate(bank, ks=(1, 4), betas=(0.05, 0.2))
+    assert len(counts) == (2 if aggregation == "similarity" else 4)
+    for (k, beta), got in counts.items():
+        expected = 0
+        for i in range(3):
+            rest = build_bank(dataset.select([j for j in range(3) if j != i]), pixels, k=k, beta=beta, **options)
+            p = rest.predict(dataset[i]["image"][None])[0]
+            expected = expected + threshold_counts(p, dataset[i]["mask"])
+        assert (got - expected).abs().max() <= 2  # a pixel whose probability is a threshold, to the last bit
+
+
+def test_the_best_k_and_thresholds_are_taken(dataset, pixels):
+    bank = build_bank(dataset, pixels)
+    curves = bank.calibrate()
+    best = curves.groupby(["k", "class"])["iou"].max().groupby("k").mean()
+    assert best.idxmax() == bank.k and set(best.index) == {1, 3, 5, 10, 20, 30}
+    chosen = curves[curves["k"] == bank.k]
+    for name, t in zip(bank.classes, bank.thresholds.tolist(), strict=True):
+        rows = chosen[chosen["class"] == name]
+        assert rows["iou"].max() == rows.loc[(rows["threshold"] - t).abs().idxmin(), "iou"]
+    assert len(curves) == 6 * len(CLASSES) * len(THRESHOLDS)
+
+
+def test_what_is_given_is_kept(dataset, pixels):
+    bank = build_bank(dataset, pixels, k=4, beta=0.07, aggregation="attention")
+    assert (bank.k, bank.beta) == (4, 0.07) and (bank.thresholds != 0.5).any()
+
+
+def test_one_seed_one_result_even_when_patches_are_sampled(bank):
+    first, again = (cross_validate(bank, ks=(3,), max_patches=20, seed=1) for _ in range(2))
+    (a,), (b,) = first.values(), again.values()
+    assert a.equal(b) and 0 < a[0, 0].sum() <= 20 * 256
+
+
+def test_one_image_is_judged_by_its_halves(dataset, pixels):
+    with pytest.warns(UserWarning, match="halves"):
+        bank = build_bank(dataset.select([2]), pixels)
+    folds = patch_folds(bank)
+    assert folds.equal((bank.x >= 28).long())  # 40 x 56: cut across the longer side
+    _, rows = held_out_search(bank, torch.arange(len(bank.keys)), folds, 30)
+    assert (folds[rows] != folds[:, None]).all()
+    with pytest.warns(UserWarning, match="nothing to calibrate"):
+        build_bank(dataset.select([2]), pixels, granularity="image")
+
+
+def test_a_class_that_the_bank_lacks_is_named_and_never_predicted(tmp_path, pixels):
+    dataset = write(tmp_path, 3, classes=("wire", "ball", "wedge"))
+    with pytest.warns(UserWarning, match="No image of the bank shows wedge"):
+        bank = build_bank(dataset, pixels)
+    assert bank.thresholds[2] == 1.0 and (bank.thresholds[:2] < 1).all()
+    assert bank.predict(dataset[0]["image"][None])[:, 2].max() == 0
+
+
+def test_a_class_of_one_image_is_still_predicted(tmp_path, pixels):
+    def draw(mask, i):
+        mask[2, 4:12, 4:12] = i == 1
+
+    dataset = write(tmp_path, 3, classes=("wire", "ball", "wedge"), draw=draw)
+    with pytest.warns(UserWarning, match="wedge: never hit .* median"):
+        bank = build_bank(dataset, pixels)
+    low, high = bank.thresholds[:2].min(), bank.thresholds[:2].max()
+    assert low <= bank.thresholds[2] <= high < 1
+
+
+def test_thresholds_from_a_dataset(bank, dataset):
+    before = bank.k
+    bank.k = 1
+    bank.calibrate(dataset)  # the bank's own images: every threshold is perfect
+    assert bank.k == 1 != before and ((bank.thresholds > 0.3) & (bank.thresholds < 0.7)).all()
+
+
+# --- a bank to work with --------------------------------------------------------------------------------------------
+
+
+def test_neighbours_say_where_a_pixel_comes_from(bank, dataset):
+    image, table = dataset[4]["image"], None
+    table = bank.neighbours(image, 35, 50, k=4)
+    first = table.iloc[0]
+    assert list(table.columns) == ["stem", "device", "row", "column", "similarity", "weight", "y", "x", "key"]
+    assert (first.stem, first.device, first.row, first.column) == (dataset[4]["stem"], "d001", 2, 3)
+    assert (first.y, first.x) == (32, 48) and first.similarity == pytest.approx(1) and len(table) == 4
+    assert table.similarity.is_monotonic_decreasing and table.weight.sum() == pytest.approx(1)
+    crop = patch_images(table, dataset)[0]
+    assert crop[:, :8, :8].equal(image[:, 32:, 48:]) and crop[:, 8:].sum() == 0
+    assert patch_images(table, dataset, margin=4).shape == (4, 2, 24, 24)
+    assert patch_masks(bank, table["key"])[0, :, :8, :8].equal(dataset[4]["mask"][:, 32:, 48:])
+    bank.size = 32  # only the window around the pixel is encoded; the answer is the same
+    assert bank.neighbours(image, 35, 50, k=4).equals(table)
+
+
+def test_neighbours_of_no_pixel(bank, dataset):
+    for y, x in [(-1, 0), (40, 0), (0, 56)]:
+        with pytest.raises(AoiError, match="outside the image of 40 x 56"):
+            bank.neighbours(dataset[0]["image"], y, x)
+    with pytest.raises(AoiError, match="k is 0"):
+        bank.neighbours(dataset[0]["image"], 0, 0, k=0)
+    with pytest.raises(AoiError, match="lacks acme/d001/im0"):
+        patch_images(bank.neighbours(dataset[0]["image"], 0, 0, k=1), dataset.select([1]))
+
+
+def test_adding_images_is_building_with_them(dataset, pixels):
+    grown = build_bank(dataset.select([0, 1]), pixels, k=3, calibrate=False).add(dataset.select([2, 3]))
+    whole = build_bank(dataset.select(range(4)), pixels, k=3)
+    assert grown.images == whole.images and grown.image.equal(whole.image)
+    assert grown.predict(dataset[4]["image"][None]).equal(whole.predict(dataset[4]["image"][None]))
+    assert grown.thresholds.equal(whole.thresholds) and grown.k == 3
+
+
+def test_a_refused_addition_changes_nothing(tmp_path, bank, dataset):
+    before = bank.keys.clone(), list(bank.images)
+    with pytest.raises(AoiError, match="acme/d001/im1 would be in the bank twice"):
+        bank.add(dataset.select([1]))
+    with pytest.raises(AoiError, match=r"\['ball', 'wire'\].*\['wire', 'ball'\]"):
+        bank.add(write(tmp_path, 1, classes=("ball", "wire"), first=9))
+    assert bank.keys.equal(before[0]) and bank.images == before[1]
+
+
+def test_save_and_load(tmp_path, dataset):
+    bank = build_bank(dataset, ViTEncoder("nano", image_size=32), aggregation="attention")
+    bank.save(tmp_path / "bank")
+    again = Segmenter.load(tmp_path / "bank")
+    image = torch.rand(1, 2, 40, 50)
+    assert isinstance(again, MemoryBank) and repr(again) == repr(bank) and again.images == bank.images
+    assert again.predict(image).equal(bank.predict(image)) and again.thresholds.equal(bank.thresholds)
+    files = {f.name for f in (tmp_path / "bank").rglob("*") if f.is_file()}
+    assert {"segmenter.json", "bank.safetensors", "encoder.json"} <= files
+    assert not [f for f in files if f.endswith((".pt", ".pth", ".bin", ".pkl"))]
+
+
+def test_a_folder_that_does_not_belong_together_is_refused(tmp_path, bank):
+    bank.save(tmp_path / "bank")
+    other = PixelEncoder(channels=2, patch_size=16, mean=[0.1, 0.2])
+    other.save_pretrained(tmp_path / "bank" / "encoder", overwrite=True)
+    with pytest.raises(AoiError, match="the bank was built with"):
+        MemoryBank.load(tmp_path / "bank")
+    bank.encoder.save_pretrained(tmp_path / "bank" / "encoder", overwrite=True)
+    file = tmp_path / "bank" / "bank.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(AoiError, match="cannot be read"):
+        MemoryBank.load(tmp_path / "bank")
+    file.unlink()
+    with pytest.raises(AoiError, match="cannot be read"):
+        MemoryBank.load(tmp_path / "bank")
+
+
+def test_a_full_disk_leaves_the_old_bank(tmp_path, bank, monkeypatch):
+    bank.save(tmp_path / "bank")
+    old = (tmp_path / "bank" / "bank.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(retrieval, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        bank.save(tmp_path / "bank", overwrite=True)
+    assert (tmp_path / "bank" / "bank.safetensors").read_bytes() == old
+    assert [f.name for f in tmp_path.iterdir()] == ["bank"]
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_of_another_length_is_refused(bank):
+    tensors = {name: getattr(bank, name) for name in retrieval._TENSORS}
+    with pytest.raises(AoiError, match="512 numbers, the encoder's embeddings 48"):
+        MemoryBank(ViTEncoder("nano", image_size=32), bank.classes, tensors, bank.images)
+    with pytest.raises(AoiError, match="64 bytes a patch, 3 classes need 96"):
+        MemoryBank(bank.encoder, [*bank.classes, "wedge"], tensors, bank.images)
+
+
+def test_other_lights_are_refused(bank, dataset):
+    with pytest.raises(AoiError, match="2 channels .* made for 1"):
+        build_bank(dataset, PixelEncoder(channels=1))
+    with pytest.raises(AoiError, match="channels"):
+        bank.predict(torch.rand(1, 3, 32, 32))
+
+
+def test_unlabelled_images_are_refused_by_name(tmp_path, pixels):
+    with pytest.raises(AoiError, match="acme/d001/im0 has no labels"):
+        build_bank(write(tmp_path, 1, unlabelled=(0,)), pixels)
+
+
+def test_nothing_to_remember(tmp_path, dataset, pixels):
+    with pytest.raises(AoiError, match="0 images and no labelled patch"):
+        build_bank(dataset.select([]), pixels)
+
+    def draw(mask, i):
+        mask[2] = True
+
+    ignored = write(tmp_path, 1, classes=("wire", "ball", "ignore"), draw=draw)
+    with pytest.raises(AoiError, match="1 images and no labelled patch"):
+        build_bank(ignored, pixels)
+
+
+@pytest.mark.parametrize(
+    "option", [{"k": 0}, {"k": 2.5}, {"aggregation": "mean"}, {"beta": 0.0}, {"granularity": "pixel"}, {"size": 100}]
+)
+def test_options_that_do_not_exist(dataset, pixels, option):
+    with pytest.raises(AoiError, match=f"{next(iter(option))} is {next(iter(option.values()))!r}"):
+        build_bank(dataset, pixels, **option)
+
+
+def test_the_encoder_is_left_as_it_was(dataset):
+    encoder = ViTEncoder("nano", image_size=32).train()
+    before = encoder.fingerprint()
+    with warnings.catch_warnings(action="ignore"):
+        bank = MemoryBank.build(dataset.select([0]), encoder)
+    assert isinstance(bank.encoder, Encoder) and bank.encoder is encoder and encoder.training
+    assert encoder.fingerprint() == before and not bank.predict(dataset[0]["image"][None]).requires_grad
