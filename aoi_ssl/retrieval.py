@@ -8,7 +8,7 @@ __all__ = ['patchify_mask', 'unpatchify_mask', 'pack_bits', 'unpack_bits', 'top_
            'held_out_search', 'cross_validate', 'patch_masks', 'calibrate_bank', 'build_bank', 'find_neighbours',
            'key_frame', 'patch_images', 'extend_bank']
 
-# %% ../nbs/api/10_retrieval.ipynb #f2b604b6
+# %% ../nbs/api/10_retrieval.ipynb #15bb287a
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import AoiError
-from .data import channel_count, class_names
+from .data import class_names, native_item, to_unit
 from .encoder import Encoder, check_images
 from .metrics import THRESHOLDS, best_thresholds, counts_frame, scores, threshold_counts
-from .predict import Segmenter, calibrate
+from .predict import Segmenter, calibrate, judged_rows
 from .tiles import windows
 
 # %% ../nbs/api/10_retrieval.ipynb #042c07de
@@ -129,7 +129,7 @@ def aggregate(
         torch.div(recalled, total.clamp(min=torch.finfo(w.dtype).tiny), out=out)
     return result.clamp_(max=1)
 
-# %% ../nbs/api/10_retrieval.ipynb #04bdc552
+# %% ../nbs/api/10_retrieval.ipynb #b4f4b6e3
 def embed(
     encoder: Encoder,  # image -> grid of embeddings
     images: Tensor,  # (B, C, H, W) in [0, 1]
@@ -141,13 +141,13 @@ def embed(
     rows, columns = -(-h // p), -(-w // p)
     grid = None
     for y, x, wh, ww in windows(rows * p, columns * p, size=size, overlap=0):
-        part = encoder.encode(images[..., y:y + wh, x:x + ww])
+        part = encoder.encode(images[..., y:y + wh, x:x + ww]).float()
         if grid is None:
             grid = part.new_empty(len(images), rows, columns, part.shape[-1])
         grid[:, y // p:(y + wh) // p, x // p:(x + ww) // p] = part
     return grid
 
-# %% ../nbs/api/10_retrieval.ipynb #31e6d4c7
+# %% ../nbs/api/10_retrieval.ipynb #eef2d889
 def remember(
     dataset,  # labelled images
     encoder: Encoder,  # image -> grid of embeddings
@@ -157,18 +157,22 @@ def remember(
 ) -> tuple[dict[str, Tensor], list[dict]]:  # tensors, a row a key (`image_keys`: a row an image), and image records
     """Embed labelled images and pack their masks: the contents of a bank.
 
-    Raises `AoiError` for a dataset without images, an image without labels, and if nothing at all is labelled."""
+    Raises `AoiError` for other lights, a dataset without images, an image without labels, and if nothing at all is
+    labelled."""
+    labelled = list(dataset["labelled"])
+    if not all(labelled):
+        raise AoiError(
+            f"{dataset['stem'][labelled.index(False)]} has no labels; a bank is built from labelled images only. Select "
+            "them first: dataset.select([i for i, labelled in enumerate(dataset['labelled']) if labelled])."
+        )
     classes, parts, images = class_names(dataset), [], []
     for i in tqdm(range(len(dataset)), "bank", unit="image", disable=not progress):
-        item = dataset[i]
-        if item["mask"] is None:
-            raise AoiError(
-                f"{item['stem']} has no labels; a bank is built from labelled images only. Select them first: "
-                "dataset.select([i for i, labelled in enumerate(dataset['labelled']) if labelled])."
-            )
-        parts.append(remember_image(item, encoder, number=i, size=size))
-        height, width = item["mask"].shape[-2:]
-        present = item["mask"].flatten(1).any(1).tolist()
+        item = native_item(dataset, i)
+        mask, ignore = (torch.from_numpy(item[name]) for name in ("mask", "ignore"))
+        pixels = {"image": to_unit(item["image"]), "mask": mask, "ignore": ignore}
+        parts.append(remember_image(pixels, encoder, number=i, size=size))
+        height, width = mask.shape[-2:]
+        present = (mask & ~ignore).flatten(1).any(1).tolist()
         images.append({"stem": item["stem"], "device": item["device"], "height": height, "width": width,
                        "classes": [name for name, there in zip(classes, present, strict=True) if there]})
     if not any(len(part["keys"]) for part in parts):
@@ -242,7 +246,7 @@ def _patch_table(
 # %% ../nbs/api/10_retrieval.ipynb #297feae5
 _TENSORS = ("keys", "values", "known", "image", "y", "x", "image_keys")  # what `remember` makes and `save` writes
 
-# %% ../nbs/api/10_retrieval.ipynb #c6621e2e
+# %% ../nbs/api/10_retrieval.ipynb #66eeca80
 class MemoryBank(Segmenter):
     "Patch embeddings as keys, whole-patch masks as values; segments by the nearest keys' masks (AOI-SSL, retrieval)."
 
@@ -268,6 +272,7 @@ class MemoryBank(Segmenter):
         self.k, self.aggregation, self.beta, self.granularity, self.size = k, aggregation, beta, granularity, size
         for name in _TENSORS:
             self.register_buffer(name, tensors[name], persistent=False)
+        self.to(encoder.mean.device)
 
     def __repr__(self) -> str:
         vote = f"k={self.k}, {self.aggregation}" + (f", beta={self.beta}" if self.aggregation == "attention" else "")
@@ -423,7 +428,7 @@ def held_out_search(
     p = bank.encoder.patch_size
     return similarity[image], _patch_table(bank)[rows[image], y[:, None] // p, x[:, None] // p]
 
-# %% ../nbs/api/10_retrieval.ipynb #8134bb44
+# %% ../nbs/api/10_retrieval.ipynb #88c572a8
 @torch.no_grad()
 def cross_validate(
     bank: MemoryBank,  # the bank
@@ -434,11 +439,14 @@ def cross_validate(
     max_patches: int = 16384,  # patches judged; more are sampled
     seed: int = 0,  # of folds and sample
     progress: bool = False,  # show a progress bar
-) -> dict[tuple[int, float], Tensor]:  # (k, beta) -> (T, K, 3) counts at THRESHOLDS
+) -> dict[tuple[int, float], Tensor]:  # (k, beta) -> (T, K, 3) counts at THRESHOLDS; empty if there is only one fold
     "Segment the bank's images from one another, for every setting of the grid (AOI-SSL: 5-fold cross-validation)."
+    dealt = patch_folds(bank, folds=folds, seed=seed)
+    if len(dealt.unique()) < 2:
+        return {}
     order = torch.randperm(len(bank.keys), generator=torch.Generator().manual_seed(seed))
     queries = order[:max_patches].sort().values.to(bank.keys.device)
-    similarity, rows = held_out_search(bank, queries, patch_folds(bank, folds=folds, seed=seed), max(ks))
+    similarity, rows = held_out_search(bank, queries, dealt, max(ks))
     betas = betas if bank.aggregation == "attention" else (bank.beta,)
     grid = [(k, beta) for k in sorted({min(k, rows.shape[1]) for k in ks}) for beta in betas]
     counts = dict.fromkeys(grid, 0)
@@ -460,7 +468,7 @@ def patch_masks(
     packed = getattr(bank, what)[torch.as_tensor(rows, device=bank.keys.device)]
     return unpack_bits(packed, classes * p * p).bool().unflatten(1, (classes, p, p))
 
-# %% ../nbs/api/10_retrieval.ipynb #d20b08b2
+# %% ../nbs/api/10_retrieval.ipynb #4bf8240e
 def calibrate_bank(
     bank: MemoryBank,  # its k, beta and thresholds are set
     dataset=None,  # calibration images; None: cross-validation inside the bank
@@ -468,13 +476,21 @@ def calibrate_bank(
 ) -> pd.DataFrame:  # a row per (k, beta,) class and threshold: tp, fp, fn, support, iou, dice, precision, recall
     """Choose k, beta and thresholds by cross-validation inside the bank; or thresholds alone on a labelled dataset.
 
-    Warns where a threshold is not chosen from data, and where folds are halves of one image."""
+    Warns where a threshold is not chosen from data, and where folds are halves of one image. With a single fold
+    nothing is set and the table is empty."""
     if dataset is not None:
         return calibrate(bank, dataset, **options)
-    if bank.granularity == "image" and len(bank.images) == 1:
-        warnings.warn("A bank of one image answers every image with its own mask: nothing to calibrate.", stacklevel=2)
-        return pd.DataFrame()
     counts = cross_validate(bank, **options)
+    if not counts:
+        named = zip(bank.classes, bank.thresholds.tolist(), strict=True)
+        thresholds = ", ".join(f"{name} {t:.2f}" for name, t in named)
+        warnings.warn(
+            f"The labelled patches of the bank ({len(bank.keys)}, of {len(bank.images)} images) make one fold: nothing "
+            f"to calibrate on. k stays {bank.k} (or all there are), the thresholds stay {thresholds}. Label one more "
+            "image.",
+            stacklevel=2,
+        )
+        return pd.DataFrame()
     curves = _curve_frame(counts, bank.classes)
     score = curves.groupby(["k", "beta", "class"])["iou"].max().groupby(["k", "beta"]).mean().fillna(0)
     bank.k, bank.beta = int(score.idxmax()[0]), float(score.idxmax()[1])
@@ -516,25 +532,7 @@ def _curve_frame(
     ]
     return scores(pd.concat(frames), by=("k", "beta", "class", "threshold"))
 
-# %% ../nbs/api/10_retrieval.ipynb #110f0776
-def _check_dataset(
-    dataset,  # about to be remembered
-    encoder: Encoder,  # what is to embed it
-    classes: Sequence[str],  # K names, in the order of the bank
-) -> None:
-    "Raise `AoiError` if the images have other lights than the encoder or other classes than the bank."
-    if channel_count(dataset) != encoder.channels:
-        raise AoiError(
-            f"The images have {channel_count(dataset)} channels (lights); the encoder was made for {encoder.channels}. "
-            "Use an encoder for these lights, or load the folder with the encoder's."
-        )
-    if class_names(dataset) != list(classes):
-        raise AoiError(
-            f"The dataset has the classes {class_names(dataset)} and the bank {list(classes)}, in this order; the same "
-            "were expected. Load the folder with the bank's classes."
-        )
-
-# %% ../nbs/api/10_retrieval.ipynb #6bf474ef
+# %% ../nbs/api/10_retrieval.ipynb #f80b6ac4
 def build_bank(
     dataset,  # labelled images
     encoder: Encoder,  # image -> grid of embeddings
@@ -554,7 +552,6 @@ def build_bank(
     settings = {"k": 5 if k is None else k, "beta": 0.1 if beta is None else beta}
     settings |= {"aggregation": aggregation, "granularity": granularity}
     _check_options(**settings)
-    _check_dataset(dataset, encoder, class_names(dataset))
     if size % encoder.patch_size:
         raise AoiError(f"size is {size}; a multiple of the patch size {encoder.patch_size} was expected. Try 512.")
     tensors, images = remember(dataset, encoder, size=size, progress=progress)
@@ -564,7 +561,7 @@ def build_bank(
         calibrate_bank(bank, seed=seed, progress=progress, **grids)
     return bank
 
-# %% ../nbs/api/10_retrieval.ipynb #4325edd0
+# %% ../nbs/api/10_retrieval.ipynb #b42e5973
 @torch.no_grad()
 def find_neighbours(
     bank: MemoryBank,  # the bank
@@ -586,7 +583,7 @@ def find_neighbours(
     if bank.granularity == "patch":  # one window is enough
         boxes = windows(height + -height % p, width + -width % p, size=bank.size, overlap=0)
         top, left, h, w = [box for box in boxes if 0 <= y - box[0] < box[2] and 0 <= x - box[1] < box[3]][-1]
-        grid = bank.encoder.encode(images[..., top:top + h, left:left + w])
+        grid = embed(bank.encoder, images[..., top:top + h, left:left + w], size=bank.size)
         place, grid = 0, grid[:, (y - top) // p, (x - left) // p][:, None, None]
     else:
         grid = embed(bank.encoder, images, size=bank.size)
@@ -615,7 +612,7 @@ def key_frame(
         "key": rows.tolist(),
     })
 
-# %% ../nbs/api/10_retrieval.ipynb #c6197711
+# %% ../nbs/api/10_retrieval.ipynb #06f725d2
 def patch_images(
     table: pd.DataFrame,  # from `MemoryBank.neighbours`
     dataset,  # that has the images named in the table
@@ -627,11 +624,14 @@ def patch_images(
     number = {stem: i for i, stem in enumerate(dataset["stem"])}
     if missing := sorted(set(table["stem"]) - set(number)):
         raise AoiError(f"The dataset lacks {missing[0]}, which is in the bank. Pass the one that it was built from.")
-    read = {stem: F.pad(dataset[number[stem]]["image"], (margin, size + margin) * 2) for stem in table["stem"].unique()}
+    read = {}
+    for stem in table["stem"].unique():
+        image = to_unit(native_item(dataset, number[stem], labels=False)["image"])
+        read[stem] = F.pad(image, (margin, size + margin) * 2)
     side = size + 2 * margin
     return torch.stack([read[row.stem][:, row.y:row.y + side, row.x:row.x + side] for row in table.itertuples()])
 
-# %% ../nbs/api/10_retrieval.ipynb #9d7a0b75
+# %% ../nbs/api/10_retrieval.ipynb #1c83501f
 def extend_bank(
     bank: MemoryBank,  # changed in place
     dataset,  # more labelled images, with the same classes
@@ -641,7 +641,7 @@ def extend_bank(
     """Remember more images.
 
     Raises `AoiError` for other classes or lights and for an image that is already there; the bank stays as it was."""
-    _check_dataset(dataset, bank.encoder, bank.classes)
+    judged_rows(bank, dataset)
     tensors, images = remember(dataset, bank.encoder, size=bank.size)
     tensors["image"] += len(bank.images)
     tensors = {name: torch.cat([getattr(bank, name), more.to(bank.keys.device)]) for name, more in tensors.items()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UperHead', 'UperNet', 'masked_bce', 'parameter_groups', 'expect_shares', 'validator', 'finetune']
 
-# %% ../nbs/api/11_segment.ipynb #c6999e61
+# %% ../nbs/api/11_segment.ipynb #7c8c7f2c
 import copy
 import importlib
 import warnings
@@ -15,6 +15,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,8 +28,9 @@ from .data import class_names, native_item, to_unit
 from .encoder import Encoder, ViTEncoder, block_outputs, check_images, pad_to
 from .metrics import threshold_counts
 from .predict import Segmenter, judged_rows
+from .pretrain import decays, default_crop
 from .tiles import CropSampler, windows
-from .train import Budget, checkpoint_beside, fit, parse_budget
+from .train import Budget, _check_plan, checkpoint_beside, fit, parse_budget
 
 # %% ../nbs/api/11_segment.ipynb #cac2ac25
 def _upernet_parts() -> tuple[type[nn.Module], type[nn.Module]]:  # the classes BeitFPNNeck and UperNetHead
@@ -113,7 +116,7 @@ class _Network(Segmenter):
         logits = F.interpolate(logits, scale_factor=self.encoder.patch_size / 4, mode="bilinear", align_corners=False)
         return logits[..., : images.shape[-2], : images.shape[-1]]
 
-# %% ../nbs/api/11_segment.ipynb #0c9ea450
+# %% ../nbs/api/11_segment.ipynb #4f78aef9
 class UperNet(_Network):
     "Fine-tuned segmenter: a ViT encoder, an UperNet head, one sigmoid per class."
 
@@ -132,7 +135,7 @@ class UperNet(_Network):
     @classmethod
     def build(
         cls,
-        encoder: ViTEncoder,  # copied: the one passed in stays as it is
+        encoder: ViTEncoder,  # copied: the one passed in stays as it is, and the model is on its device
         classes: Sequence[str],  # K names, in the order of the masks
         *,
         hidden: int = 64,  # width of neck and head
@@ -142,7 +145,7 @@ class UperNet(_Network):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(copy.deepcopy(encoder), classes, hidden=hidden)
-        return model.requires_grad_(True)
+        return model.to(encoder.mean.device).requires_grad_(True)
 
     def _save(self, folder: Path) -> dict:
         return _write_upernet(self, folder)
@@ -190,7 +193,7 @@ def masked_bce(
     judged = ~ignore
     return (loss * judged).sum() / judged.sum().clamp(min=1)
 
-# %% ../nbs/api/11_segment.ipynb #8ff3a57a
+# %% ../nbs/api/11_segment.ipynb #235e16ef
 def parameter_groups(
     model: UperNet,  # whose parameters are to be trained
     *,
@@ -206,7 +209,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part, depth = _part(name, blocks)
-            decayed = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
+            decayed = decays(name, parameter)
             rates = {"lr": lr * layer_decay**depth, "weight_decay": weight_decay if decayed else 0.0}
             new = {"name": part, "depth": depth, "params": [], **rates}
             groups.setdefault((depth, part, decayed), new)["params"].append(parameter)
@@ -272,8 +275,8 @@ def validator(
 
     return validate
 
-# %% ../nbs/api/11_segment.ipynb #9b78834f
-def _plan(dataset, encoder, *, crop, batch_size, hidden, foreground, augment, seed) -> tuple[UperNet, Callable, int]:
+# %% ../nbs/api/11_segment.ipynb #31ab878c
+def _plan(dataset, encoder, *, crop, batch_size, hidden, foreground, augment, seed, processes) -> tuple:
     "The model to train, its batches, and the steps of an epoch."
     if batch_size < 2:
         raise AoiError(
@@ -285,8 +288,8 @@ def _plan(dataset, encoder, *, crop, batch_size, hidden, foreground, augment, se
     if len(rows) < len(dataset):
         missing = len(dataset) - len(rows)
         warnings.warn(f"{missing} of {len(dataset)} images have no mask and take no part in fine-tuning.")
-    images, patch = dataset.select(rows), encoder.patch_size
-    side = crop or max(patch, min(256, *images["height"], *images["width"]) // patch * patch)
+    images = dataset.select(rows)
+    side = default_crop(images, most=128, patch_size=encoder.patch_size) if crop is None else crop
     sampler = CropSampler(images, size=side, seed=seed, foreground=foreground)
     change = Augment() if augment is True else augment
 
@@ -298,9 +301,27 @@ def _plan(dataset, encoder, *, crop, batch_size, hidden, foreground, augment, se
         return {"image": image, "mask": mask, "ignore": ignore}
 
     expect_shares(model, lambda index: sampler.batch(index, batch_size))
-    return model, batch, sampler.steps_per_epoch(batch_size)
+    return model, batch, sampler.steps_per_epoch(batch_size * processes)
 
-# %% ../nbs/api/11_segment.ipynb #6ac59b18
+# %% ../nbs/api/11_segment.ipynb #8814ac5f
+def _batch_loss(model: nn.Module, batch: dict) -> Tensor:
+    "The loss of one batch, for `train.fit`."
+    return masked_bce(model(batch["image"]), batch["mask"], batch["ignore"])
+
+
+def _finish(model: UperNet, calibration, out, checkpoint: Path | None, *, overwrite: bool, main: bool) -> UperNet:
+    "Choose thresholds, save, and remove the checkpoint: all in the main process, which tells the others its thresholds."
+    if main and calibration is not None:
+        model.calibrate(calibration)
+    if main and out is not None:
+        model.save(out, overwrite=overwrite)
+        checkpoint.unlink(missing_ok=True)
+    thresholds = [model.thresholds.tolist()]
+    broadcast_object_list(thresholds)
+    model.thresholds = torch.tensor(thresholds[0]).to(model.thresholds)
+    return model
+
+# %% ../nbs/api/11_segment.ipynb #bd4ee30e
 def finetune(
     dataset,  # labelled images of `load_folder`
     encoder: ViTEncoder,  # pre-trained, or untrained to start from scratch; it is copied
@@ -309,8 +330,8 @@ def finetune(
     validation=None,  # labelled images of other devices: the weights that are best on them are kept
     calibration=None,  # labelled images to choose the thresholds on; those of `validation` by default
     budget: str | float | Budget = "5m",  # "90s", "500 steps", "20 epochs"
-    crop: int | None = None,  # pixels; 256 by default, less if images are smaller
-    batch_size: int = 8,  # crops, at least 2
+    crop: int | None = None,  # pixels; 128 by default, less if images are smaller
+    batch_size: int = 8,  # crops, at least 2, of each process
     hidden: int = 64,  # width of neck and head
     lr: float = 1e-3,  # of the head, at its peak
     layer_decay: float = 0.75,  # factor from one block to the one below
@@ -330,32 +351,19 @@ def finetune(
     """Fine-tune an encoder with an UperNet head within a budget (AOI-SSL, fine-tuning).
 
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
-    budget, checkpoint = parse_budget(budget), checkpoint_beside(out, resume=resume, overwrite=overwrite)
-    settings = dict(crop=crop, batch_size=batch_size, hidden=hidden, foreground=foreground)
-    model, batch, epoch = _plan(dataset, encoder, **settings, augment=augment, seed=seed)
-    rates = dict(lr=lr, layer_decay=layer_decay, weight_decay=weight_decay)
-    validate = None
+    budget, process = parse_budget(budget), Accelerator()
+    _check_plan(budget.resolve(1), validation, validations, patience, precision)
+    checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
+    plan = dict(crop=crop, batch_size=batch_size, hidden=hidden, foreground=foreground, augment=augment)
+    model, batch, epoch = _plan(dataset, encoder, **plan, seed=seed, processes=process.num_processes)
+    rates, validate = dict(lr=lr, layer_decay=layer_decay, weight_decay=weight_decay), None
     if validation is not None:
         validate = validator(validation.select(judged_rows(model, validation)), most=validation_windows)
     model.history = fit(
         model, _batch_loss, batch, torch.optim.AdamW(parameter_groups(model, **rates)), budget=budget.resolve(epoch),
         checkpoint=checkpoint, resume=resume, seed=seed, warmup=warmup, validate=validate, validations=validations,
-        patience=patience, precision=precision, progress=progress, label="fine-tuning", settings={**settings, **rates},
+        patience=patience, precision=precision, progress=progress, label="fine-tuning",
+        settings={k: str(v) for k, v in (plan | rates).items()} | {"images": len(dataset), "encoder": encoder.fingerprint()},
     )
     calibration = validation if calibration is None else calibration
-    return _finish(model, calibration, out, checkpoint, overwrite=overwrite)
-
-
-def _batch_loss(model: nn.Module, batch: dict) -> Tensor:
-    "The loss of one batch, for `train.fit`."
-    return masked_bce(model(batch["image"]), batch["mask"], batch["ignore"])
-
-
-def _finish(model: UperNet, calibration, out, checkpoint: Path | None, *, overwrite: bool) -> UperNet:
-    "Choose thresholds, save, and remove the checkpoint."
-    if calibration is not None:
-        model.calibrate(calibration)
-    if out is not None:
-        model.save(out, overwrite=overwrite)
-        checkpoint.unlink(missing_ok=True)
-    return model
+    return _finish(model, calibration, out, checkpoint, overwrite=overwrite, main=process.is_main_process)

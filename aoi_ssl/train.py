@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['Budget', 'parse_budget', 'lr_factor', 'checkpoint_beside', 'fit']
 
-# %% ../nbs/api/06_train.ipynb #8d3d9dbd
+# %% ../nbs/api/06_train.ipynb #e70167d6
 import math
 import re
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -261,7 +260,7 @@ def fit(
             bar.update(0)
     return loop.finish(restore=validate is not None)
 
-# %% ../nbs/api/06_train.ipynb #cd03091b
+# %% ../nbs/api/06_train.ipynb #ccb6941d
 class _Loop:
     "The bookkeeping of `fit`."
 
@@ -277,7 +276,8 @@ class _Loop:
 
     def rate(self, warmup: float) -> None:
         "Set the learning rates for the coming step: at its middle, so that neither the first nor the last is zero."
-        ahead = 0.5 / self.budget.steps if self.budget.steps else 0.0
+        done = self.run.step
+        ahead = 0.5 / self.budget.steps if self.budget.steps else 0.5 * self.spent / done if done else 1e-3
         factor = lr_factor(min(1.0, self.spent + ahead), warmup=warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -333,9 +333,9 @@ class _Loop:
     def summary(self) -> str:
         "What stands beside the bar."
         known = [row["loss"] for row in self.run.history[-40:] if not math.isnan(row["loss"])]
-        mean = sum(known) / len(known) if known else math.nan
+        loss = f", loss {sum(known) / len(known):.4f}" if known else ""
         best = f", best score {self.run.best_score:.3f}" if self.run.validated else ""
-        return f" step {self.run.step}, loss {mean:.4f}{best}"
+        return f" step {self.run.step}{loss}{best}"
 
     def finish(self, *, restore: bool) -> pd.DataFrame:
         "The history; the model gets its best weights back."

@@ -1,11 +1,11 @@
-"What the tests share: two threads, and one small folder of rendered devices."
+"What the tests share: one thread, and one small folder of rendered devices."
 
 import matplotlib
 import pytest
 import torch
 
 matplotlib.use("agg")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: a second thread waits more than it works
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,13 @@
 
 import inspect
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,8 @@ VERBS = {
     cli.finetune: aoi.finetune,
     cli.demo: aoi.demo,
     cli.segment: aoi.segment,
+    cli.bank: aoi.build_bank,
+    cli._reading: aoi.load_folder,
 }
 
 
@@ -30,11 +34,13 @@ def aoi_command(*words, **options):
 @pytest.mark.parametrize("command", VERBS, ids=lambda c: c.__name__)
 def test_a_command_has_the_defaults_of_its_verb(command):
     verb = inspect.signature(VERBS[command]).parameters
+    reading = () if command is cli._reading else inspect.signature(cli._reading).parameters
     shared = 0
     for name, parameter in inspect.signature(command).parameters.items():
-        required = (inspect.Parameter.empty, None)
-        if name in verb and parameter.default is not inspect.Parameter.empty and verb[name].default not in required:
-            assert str(parameter.default) == str(verb[name].default), name
+        name = {"written_format": "mask_format"}.get(name, name if name not in reading else None)
+        if name in verb and inspect.Parameter.empty not in (parameter.default, verb[name].default):
+            wanted = verb[name].default
+            assert str(parameter.default) == str(wanted), name
             shared += 1
     assert shared
 
@@ -59,9 +65,11 @@ def test_help_is_there_for_every_command_and_does_not_load_torch():
 
 def test_check_says_what_is_wrong_and_leaves_with_1(folder, tmp_path):
     assert aoi_command("check", folder).returncode == 0
-    (tmp_path / "im_buffer0.png").write_bytes(next(folder.rglob("*_buffer0.png")).read_bytes())
-    result = aoi_command("check", tmp_path)
-    assert result.returncode == 1 and "im_buffer0.png" in result.stdout and "1 error" in result.stdout
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    orphan = next(broken.rglob("*_buffer0.png"))
+    Path(str(orphan).replace("_buffer0", "_buffer1")).unlink()
+    result = aoi_command("check", broken)
+    assert result.returncode == 1 and orphan.name in result.stdout and "1 error" in result.stdout
 
 
 def test_an_error_is_one_line_and_leaves_with_2(tmp_path):

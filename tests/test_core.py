@@ -4,6 +4,7 @@ import errno
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 
 import pytest
@@ -73,6 +74,8 @@ def test_an_output_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "keep.txt").write_text("mine")
     with pytest.raises(AoiError, match="not empty.*overwrite"), new_folder(tmp_path):
         pytest.fail("the body must not run")
+    with pytest.raises(AoiError, match="did not write"), new_folder(tmp_path, overwrite=True):
+        pytest.fail("nor with overwrite: the folder is somebody else's")
     with pytest.raises(AoiError, match="is a file"):
         check_free(tmp_path / "keep.txt", overwrite=True)
     assert (tmp_path / "keep.txt").read_text() == "mine"
@@ -100,3 +103,16 @@ def test_a_torchvision_that_breaks_transformers_is_named(monkeypatch):
     )
     with pytest.raises(AoiError, match="pip uninstall torchvision"):
         require_transformers()
+
+
+@pytest.mark.parametrize("module", ["encoder", "pretrain", "retrieval", "segment", "demo"])
+def test_whichever_module_comes_first_a_broken_torchvision_is_named(tmp_path, module):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    info = tmp_path / "torchvision-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", f"import aoi_ssl.{module}"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert "pip uninstall torchvision" in result.stderr.splitlines()[-1]

@@ -23,6 +23,7 @@ from aoi_ssl.data import (
     channel_stats,
     check_folder,
     class_names,
+    device_ids,
     few_shot,
     fill_polygon,
     load_folder,
@@ -31,6 +32,7 @@ from aoi_ssl.data import (
     read_image,
     read_mask,
     read_native,
+    source_folders,
     split_by_device,
     to_unit,
     write_mask,
@@ -178,6 +180,31 @@ def test_splits_by_meta(parts):
     assert folder["train"][1]["angle"] == 4 and set(folder["train"]["device"]) == {"x7"}
     assert folder["unlabelled"][0]["device"] == "d2"  # no row: from the path
     assert kinds(check_folder(parts), "warning") == ["image without meta row"]
+
+
+NAMES = "paths mask_path mask_format mask_key mask_files height width channels bits labelled image mask ignore"
+OTHERS = "Index index count files digest file folder severity path name meta_bits"
+
+
+@pytest.mark.parametrize("name", NAMES.split() + OTHERS.split())
+def test_any_column_of_meta_is_kept(parts, name):
+    stems = ["acme/d1/im0", "acme/d1/im1", "acme/d2/im0"]
+    (parts / "meta.csv").write_text("\n".join([f"stem,{name}", *(f"{s},v{i}" for i, s in enumerate(stems))]))
+    there = load_folder(parts)
+    column = f"meta_{name}" if name in NAMES.split() else name
+    for part in there.values():
+        for i in range(len(part)):
+            item = part[i]
+            assert item["image"].shape == (2, *SIZE) and item["height"] == SIZE[0]
+            assert item[column] == (f"v{stems.index(item['stem'])}" if item["stem"] in stems else None)
+    check_folder(parts)
+
+
+def test_a_column_of_meta_does_not_take_the_name_of_another(parts):
+    (parts / "meta.csv").write_text("stem,bits,meta_bits\nacme/d1/im0,a,b\n")
+    rows = datasets.concatenate_datasets(list(load_folder(parts).values()))
+    at = list(rows["stem"]).index("acme/d1/im0")
+    assert rows[at]["meta_meta_bits"] == "a" and rows[at]["meta_bits"] == "b"
 
 
 def test_bare_stems_in_meta(tmp_path):
@@ -720,6 +747,33 @@ def test_split_by_device_shares_no_device(tmp_path):
     for bad in ("d0", "d9", 12, 1.0):  # two makers have a d0; nobody has a d9; nothing left to train on
         with pytest.raises(AoiError, match="new="):
             split_by_device(folder, new=bad)
+
+
+def test_one_device_cannot_be_split(tmp_path):
+    for i in range(3):
+        pair(tmp_path, f"acme/d7/im{i}", i)
+    one = load_folder(tmp_path)
+    for options in ({}, {"new": 1}, {"new": ["d7"]}, {"new": 0, "validation": 0.5}):
+        with pytest.raises(AoiError, match=r"images are of one device \(acme/d7\); at least two are needed.*meta.csv"):
+            split_by_device(one, **options)
+    assert len(split_by_device(one, new=0)["train"]) == 3
+
+
+def test_a_device_is_known_by_its_manufacturer_too(tmp_path):
+    for i, folder in enumerate(("acme/d1", "bosch/d1", "bosch/d1")):
+        pair(tmp_path, f"{folder}/im{i}", i)
+    images = load_folder(tmp_path)["unlabelled"]
+    assert device_ids(images) == ["acme/d1", "bosch/d1", "bosch/d1"]
+    assert device_ids(images.select([2, 0])) == ["bosch/d1", "acme/d1"]
+    with pytest.raises(AoiError, match="acme/d1, bosch/d1"):
+        few_shot(images, 1)
+
+
+def test_source_folders_open_nothing(parts, no_pixels):
+    both = datasets.concatenate_datasets(list(load_folder(parts).values()))
+    rows = both.select([list(both["stem"]).index("acme/d1/im0")])
+    assert {parts / "acme" / "d1"} <= set(source_folders(rows)) and parts / "acme" / "d2" not in source_folders(rows)
+    assert all(f.is_absolute() and f.is_dir() for f in source_folders(both))
 
 
 def test_few_shot(parts):

@@ -1,7 +1,9 @@
 "The main job from end to end, at a small size; what it writes, and what it refuses."
 
+import importlib
 import json
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -15,6 +17,7 @@ from aoi_ssl.encoder import Encoder
 from aoi_ssl.predict import load_segmenter
 
 QUICK = {"encoder": "nano", "pretrain_budget": "2 steps", "finetune_budget": "2 steps", "labels": 2, "quiet": True}
+DEEPPCB = Path(__file__).parents[2] / "shared" / "data" / "deeppcb"
 METHODS = {MAE_BANK, PIXEL_BANK, RANDOM_BANK, MAE_UPERNET, SCRATCH_UPERNET}
 
 
@@ -77,6 +80,51 @@ def test_a_folder_with_errors_ends_the_job_before_training(folder, tmp_path):
     assert not (tmp_path / "run" / "encoder").exists()
 
 
+def test_the_rendered_devices_are_the_default(tmp_path, monkeypatch):
+    small = {"devices": 2, "pretrain_devices": 1, "new_devices": 1, "images": 3, "calibration": 1}
+    monkeypatch.setattr(importlib.import_module("aoi_ssl.demo"), "DEVICES", small)
+    table = demo_verb(out=tmp_path / "run", size=128, **QUICK)
+    assert set(table.index) == METHODS
+    assert len(list((tmp_path / "run" / "data").rglob("*_buffer0.png"))) == 4 * 3
+
+
+def test_the_output_and_the_images_keep_apart(folder, tmp_path):
+    for out in (folder, folder.parent, folder / "run"):
+        with pytest.raises(AoiError, match="one another"):
+            demo_verb(folder, out, overwrite=True, **QUICK)
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(AoiError, match="did not write|not empty"):
+        open_run(tmp_path, {"seed": 0}, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists() and len(list(folder.rglob("*_buffer0.png"))) == 20
+
+
+def test_two_makers_may_use_one_name_for_their_devices(folder):
+    splits = load_folder(folder)
+    pooled = concatenate_datasets([s for s in splits.values() if all(s["labelled"])])
+    same = pooled.remove_columns("device").add_column("device", ["d"] * len(pooled))
+    parts = plan(DatasetDict({"labelled": same}), labels=2)
+    assert len(parts.bank) == 1 and "/" in next(iter(parts.bank))
+
+
+def test_meta_csv_may_not_have_a_device_both_ways(folder):
+    splits = load_folder(folder)
+    with pytest.raises(AoiError, match="both as new"):
+        roles(DatasetDict({"train": splits["new"], "new": splits["new"]}))
+
+
+def test_images_that_have_no_part_are_named(folder):
+    splits = load_folder(folder)
+    parts = plan(DatasetDict({**splits, "archive": splits["pretrain"]}), labels=2)
+    assert any("'archive' are not used" in note for note in parts.notes)
+
+
+@pytest.mark.skipif(not DEEPPCB.exists(), reason="the DeepPCB images are not beside the project")
+def test_a_plan_for_real_boards():
+    parts = plan(load_folder(DEEPPCB), tests=6)
+    assert len(parts.test) == 2 and not set(parts.test) & set(parts.train["device"])
+    assert any("judged on 3 of" in note for note in parts.notes)
+
+
 def test_no_image_and_no_new_device_is_in_two_roles(folder):
     splits = load_folder(folder)
     pooled = DatasetDict({"labelled": concatenate_datasets([s for s in splits.values() if all(s["labelled"])])})
@@ -92,11 +140,11 @@ def test_no_image_and_no_new_device_is_in_two_roles(folder):
 
 def test_too_little_to_work_with_is_said(folder):
     splits = load_folder(folder)
-    with pytest.raises(AoiError, match="label"):
+    with pytest.raises(AoiError, match="(?i)label"):
         roles(DatasetDict({"unlabelled": splits["pretrain"]}))
     with pytest.raises(AoiError):
         roles(DatasetDict({"labelled": splits["new"]}))  # one device
-    with pytest.raises(AoiError, match="label"):
+    with pytest.raises(AoiError, match="(?i)label"):
         plan(splits, labels=4)  # no image left to test on
 
 

@@ -120,6 +120,19 @@ def test_training_mode_is_left_as_it_was():
     assert seen == [False, False]
 
 
+def test_training_mode_comes_back_after_a_failure():
+    class Fails(Bright):
+        kind = "test-fails"
+
+        def predict(self, images):
+            raise RuntimeError("out of memory")
+
+    segmenter = Fails().train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict_image(segmenter, torch.rand(2, 8, 8))
+    assert segmenter.training
+
+
 def test_mask_is_strictly_above_the_threshold():
     p = torch.tensor([0.2, 0.5, 1.0]).expand(2, 1, 3)
     assert to_mask(p, torch.tensor([0.5, 1.0])).int().tolist() == [[[0, 0, 1]], [[0, 0, 0]]]
@@ -253,10 +266,91 @@ def test_segment_leaves_a_folder_with_files_alone(parts, tmp_path):
     with pytest.raises(AoiError, match="not empty"):
         segment(Bright(), parts["labelled"], tmp_path / "out")
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years"
-    segment(Bright(), parts["labelled"], tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "thesis.tex").exists()
+    with pytest.raises(AoiError, match="out"):  # foreign files are never replaced
+        segment(Bright(), parts["labelled"], tmp_path / "out", overwrite=True)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     with pytest.raises(AoiError, match="mask_format"):
         segment(Bright(), parts["labelled"], tmp_path / "new", mask_format="gif")
+
+
+def test_segment_replaces_its_own_masks_when_told(parts, tmp_path):
+    segment(Bright(), parts["labelled"], tmp_path / "out")
+    with pytest.raises(AoiError, match="not empty"):
+        segment(Bright(), parts["labelled"], tmp_path / "out")
+    segment(Bright(), parts["unlabelled"], tmp_path / "out", overwrite=True)
+    assert len(list((tmp_path / "out").rglob("*.png"))) == len(parts["unlabelled"])
+
+
+@pytest.fixture
+def never_predicts(monkeypatch):
+    def fail(*args, **options):
+        raise AssertionError("predicted before the output was checked")
+
+    monkeypatch.setattr(predict, "predict_image", fail)
+
+
+def everything(root):
+    return {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "out, how",
+    [
+        (".", "contains"),
+        ("acme", "contains"),
+        ("acme/d1", "is"),
+        ("acme/d1/new", "lies in"),
+        ("acme/x/../d1", "is"),
+        ("drawn/acme/d1", "is"),
+        ("drawn", "contains"),
+        ("drawn/acme/d1/sub/dir", "lies in"),
+    ],
+)
+def test_segment_never_writes_among_the_images_or_masks(tmp_path, never_predicts, out, how, overwrite):
+    make(tmp_path, labelled=[False, False])
+    make(tmp_path / "drawn", labelled=[True, True])
+    for image in (tmp_path / "drawn").rglob("*_buffer?.png"):
+        image.unlink()
+    images, before = load_folder(tmp_path, masks=tmp_path / "drawn")["labelled"], everything(tmp_path)
+    with pytest.raises(AoiError, match=rf"{how} .*, where images or masks of the dataset lie") as caught:
+        segment(Bright(), images, tmp_path / out, overwrite=overwrite)
+    assert str(tmp_path / out) in str(caught.value)
+    assert everything(tmp_path) == before
+
+
+def test_segment_sees_through_links(tmp_path, never_predicts):
+    images = make(tmp_path / "real", labelled=[True, True])["labelled"]
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "acme", target_is_directory=True)
+    with pytest.raises(AoiError, match="contains"):
+        segment(Bright(), images, tmp_path / "link", overwrite=True)
+    linked = load_folder(tmp_path / "real")["labelled"]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "data").symlink_to(tmp_path / "real", target_is_directory=True)
+    linked = load_folder(tmp_path / "in" / "data")["labelled"]
+    with pytest.raises(AoiError, match="contains"):
+        segment(Bright(), linked, tmp_path / "in", overwrite=True)
+
+
+def test_segment_may_write_beside_the_images(tmp_path):
+    images = make(tmp_path / "data", labelled=[True, True])["labelled"]
+    for out in (tmp_path / "data" / "predicted", tmp_path / "data2", tmp_path / "data" / "acme" / "d12"):
+        assert len(segment(Bright(), images, out)) == 2
+
+
+def test_a_format_too_small_for_the_classes_is_refused_at_once(parts, tmp_path, never_predicts):
+    with pytest.raises(AoiError, match=r"'binary' holds 1 class at most; .* has 2 \(wire, epoxy\)\. Use .*'bits'"):
+        segment(Bright(), parts["labelled"], tmp_path / "out", mask_format="binary")
+    many = Bright(classes=[f"c{i}" for i in range(17)])
+    with pytest.raises(AoiError, match="'bits' holds 16 classes at most.*'npy'"):
+        segment(many, parts["labelled"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overlap_stops_an_index_map_and_leaves_nothing(parts, tmp_path):
+    with pytest.raises(AoiError, match="several classes.*mask_format='bits'"):
+        segment(Bright(gain=3.0), parts["labelled"], tmp_path / "out", mask_format="index")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_segment_broken_off_leaves_nothing(parts, tmp_path, monkeypatch):

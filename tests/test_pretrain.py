@@ -1,20 +1,33 @@
 "Masked autoencoding: learns, resumes bit for bit, keeps statistics, leaves no half-written folder."
 
+import importlib
 import inspect
 import os
 import signal
+import warnings
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from transformers import ViTMAEForPreTraining
 
 from aoi_ssl.augment import Augment
 from aoi_ssl.core import AoiError, step_seed
 from aoi_ssl.data import channel_stats, load_folder
 from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder, mae_config, new_vit, quiet
-from aoi_ssl.pretrain import Pretrained, _validation, decay_groups, load_pretrained, pretrain, visible_statistics
+from aoi_ssl.pretrain import (
+    Pretrained,
+    _validation,
+    decay_groups,
+    default_crop,
+    load_pretrained,
+    pretrain,
+    visible_statistics,
+)
 
+pretrain_module = importlib.import_module("aoi_ssl.pretrain")  # `aoi_ssl.pretrain` itself is the verb
 SMALL = {"encoder": "nano", "crop": 64, "batch_size": 4, "progress": False}
 
 
@@ -31,6 +44,17 @@ def images(tmp_path_factory):
 def trained(images, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "encoder"
     return pretrain(images, out, **SMALL, budget="12 steps", validation=images.select([0, 1])), out
+
+
+def grey(folder, shape, two_lights, *more):
+    "A folder of noise, an image for each shape."
+    place = folder / "parts" / "acme" / "d1"
+    place.mkdir(parents=True)
+    for n, (height, width) in enumerate((shape, *more)):
+        for light in range(1 + two_lights):
+            noise = np.random.default_rng(light).integers(0, 256, (height, width), dtype=np.uint8)
+            Image.fromarray(noise).save(place / f"im{n}_buffer{light}.png")
+    return load_folder(folder / "parts")["unlabelled"]
 
 
 def stop_at(step):
@@ -165,7 +189,8 @@ def test_the_folder_opens_everywhere(trained):
     again, encoder = load_pretrained(out), Encoder.from_pretrained(out)
     with quiet():
         theirs = ViTMAEForPreTraining.from_pretrained(out)
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "encoder.json", "history.csv", "model.safetensors"]
+    files = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+    assert files == ["config.json", "encoder.json", "history.csv", "model.safetensors"]
     for one in encoder, again.encoder:
         assert torch.equal(one.encode(x), result.encoder.encode(x))
     assert again.encoder.vit is again.mae.vit and theirs.config.mask_ratio == 0.7 and theirs.config.norm_pix_loss
@@ -238,6 +263,21 @@ def test_reconstruction(size, norm_pix):
         result.reconstruct(torch.rand(1, 3, 64, 64))
 
 
+def test_reconstruction_in_parts_is_the_same(monkeypatch):
+    "An image with more windows than go through the network at once."
+    mae = new_vit(mae_config("nano", image_size=32), model=ViTMAEForPreTraining).eval()
+    result = Pretrained(ViTEncoder(mae.vit), mae, pd.DataFrame())
+    x, seen = torch.rand(2, 2, 100, 70), []
+    assert 2 * 4 * 3 < pretrain_module._WINDOWS
+    whole = result.reconstruct(x)
+    monkeypatch.setattr(pretrain_module, "_WINDOWS", 7)
+    hook = mae.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    parts = result.reconstruct(x)
+    hook.remove()
+    assert seen == [7, 7, 7, 3] and torch.equal(parts.hidden, whole.hidden)
+    assert torch.allclose(parts.rebuilt, whole.rebuilt, atol=1e-5)
+
+
 def test_reconstruction_knows_nothing_of_hidden_patches():
     """Two images that differ only where patches are hidden are rebuilt alike: not even their brightness leaks."""
     mae = new_vit(mae_config("nano", image_size=64), model=ViTMAEForPreTraining).eval()
@@ -268,9 +308,19 @@ def test_visible_statistics_by_hand():
         ({"mask_ratio": 0}, "mask_ratio is 0"),
         ({"resume": True}, "Pass out"),
         ({"precision": "half"}, "precision is 'half'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"validation": "other lights"}, "validation images have 1 channels .* the others 2"),
+        ({"validation": "small"}, "smaller than a crop of 64"),
+        ({"validation": "none"}, "no images"),
+        ({"out": __file__}, "is a file"),
     ],
 )
-def test_wrong_plans_are_refused_before_the_first_step(images, wrong, message):
+def test_wrong_plans_are_refused_before_an_image_is_read(images, wrong, message, tmp_path, monkeypatch):
+    if (name := wrong.get("validation")) == "none":
+        wrong = {"validation": images.select([])}
+    elif name:
+        wrong = {"validation": grey(tmp_path, (96, 96) if name == "other lights" else (48, 96), name == "small")}
+    monkeypatch.setattr("aoi_ssl.data.read_native", lambda *a, **k: pytest.fail("an image was read"))
     with pytest.raises(AoiError, match=message):
         pretrain(images, **({**SMALL, "budget": "1 steps"} | wrong))
 
@@ -285,6 +335,18 @@ def test_an_output_folder_that_is_not_empty_is_refused(images, trained, tmp_path
 def test_an_empty_dataset_is_refused(images):
     with pytest.raises(AoiError, match="no images"):
         pretrain(images.select([]), **SMALL, budget="1 steps")
+
+
+def test_one_small_image_that_shrinks_every_crop_is_named(tmp_path):
+    mixed = grey(tmp_path, (256, 300), True, (100, 400))
+    with pytest.warns(UserWarning, match="acme/d1/im1, has a side of 100 pixels: the crop is 96 and not 224"):
+        result = pretrain(mixed, encoder="nano", batch_size=2, budget="1 steps", progress=False)
+    assert result.mae.config.image_size == 96
+    with warnings.catch_warnings(action="error"):
+        assert default_crop(mixed.select([0]), most=224, patch_size=16) == 224
+        assert default_crop(mixed.select([1]), most=224, patch_size=16) == 96  # all are small: nothing is lost
+        assert default_crop(mixed, most=96, patch_size=16) == 96
+        pretrain(mixed, **SMALL, budget="1 steps")  # said by the user: no warning
 
 
 def test_crops_fit_the_smallest_image_by_default(images):

@@ -127,9 +127,9 @@ def test_who_does_not_know_has_no_vote():
     values = torch.tensor([[1, 0, 1, 0, 1], [1, 1, 0, 0, 1]]).bool()
     known = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1]]).bool()
     weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
-    index = torch.tensor([[0, 1], [0, -1]])  # the second query has one neighbour only
+    index = torch.tensor([[0, 1], [1, -1]])  # the second query has one neighbour only
     got = aggregate(weights, index, pack_bits(values), pack_bits(known), count=5)
-    assert torch.allclose(got, torch.tensor([[1, 0.25, 1, 0, 1], [1, 0, 1, 0, 1.0]]))
+    assert torch.allclose(got, torch.tensor([[1, 0.25, 1, 0, 1], [1, 1, 0, 0, 1.0]]))
 
 
 def test_aggregate_in_blocks_equals_einsum():
@@ -319,6 +319,51 @@ def test_one_image_is_judged_by_its_halves(dataset, pixels):
         build_bank(dataset.select([2]), pixels, granularity="image")
 
 
+@pytest.mark.parametrize(("shape", "count", "granularity"), [
+    ((16, 16), 1, "patch"),  # one patch
+    ((32, 64), 1, "patch"),  # one image, its right half ignored
+    ((32, 32), 1, "image"),
+    ((32, 32), 2, "image"),  # two images, the second ignored
+])
+def test_one_fold_keeps_what_the_bank_has(tmp_path, pixels, shape, count, granularity):
+    "There is nothing to segment from anything else: the bank is built all the same, and says so."
+
+    def draw(mask, i):
+        mask[2] = i == 1
+        mask[2, :, 32:] = True
+
+    dataset = write(tmp_path, count, shape=shape, classes=("wire", "ball", "ignore"), draw=draw)
+    with pytest.warns(UserWarning, match=r"one fold: nothing to calibrate on. k stays 5 .*wire 0\.50, ball 0\.50"):
+        bank = build_bank(dataset, pixels, granularity=granularity)
+    assert bank.k == 5 and bank.thresholds.tolist() == [0.5, 0.5]
+    bank.k = 1
+    own, item = bank.predict(dataset[0]["image"][None])[0], dataset[0]
+    assert own[~item["ignore"]].equal(item["mask"][~item["ignore"]].float())
+
+
+def test_an_ignored_image_takes_no_part_in_the_folds(tmp_path, pixels):
+    "Its labels are under `ignore`: the halves of the other image are the folds, as if it were not there."
+
+    def draw(mask, i):
+        mask[2] = i == 1
+
+    dataset = write(tmp_path, 2, shape=(32, 32), classes=("wire", "ball", "ignore"), draw=draw)
+    with pytest.warns(UserWarning, match="halves"):
+        bank = build_bank(dataset, pixels)
+    assert [record["classes"] for record in bank.images] == [["wire", "ball"], []]
+    assert len(patch_folds(bank).unique()) == 2
+
+
+def test_each_image_and_mask_is_decoded_once(tmp_path, pixels, monkeypatch):
+    import aoi_ssl.data as data
+
+    dataset, read, plain = write(tmp_path, 2), [], {n: getattr(data, n) for n in ("read_native", "read_mask")}
+    for name in plain:
+        monkeypatch.setattr(data, name, lambda *a, n=name, **o: (read.append(n), plain[n](*a, **o))[1])
+    build_bank(dataset, pixels, k=1, calibrate=False)
+    assert sorted(read) == ["read_mask"] * 2 + ["read_native"] * 2
+
+
 def test_a_class_that_the_bank_lacks_is_named_and_never_predicted(tmp_path, pixels):
     dataset = write(tmp_path, 3, classes=("wire", "ball", "wedge"))
     with pytest.warns(UserWarning, match="No image of the bank shows wedge"):
@@ -362,6 +407,15 @@ def test_neighbours_say_where_a_pixel_comes_from(bank, dataset):
     assert patch_masks(bank, table["key"])[0, :, :8, :8].equal(dataset[4]["mask"][:, 32:, 48:])
     bank.size = 32  # only the window around the pixel is encoded; the answer is the same
     assert bank.neighbours(image, 35, 50, k=4).equals(table)
+
+
+def test_neighbours_see_a_patch_as_the_bank_did(dataset):
+    "A ViT gives a patch another embedding in another window: `neighbours` must take the window that was remembered."
+    bank = build_bank(dataset.select([0, 1]), ViTEncoder("nano", image_size=32), size=32, k=1, calibrate=False)
+    for y, x in [(3, 50), (20, 20), (20, 50), (39, 40)]:
+        first = bank.neighbours(dataset[1]["image"], y, x).iloc[0]
+        assert (first.stem, first.row, first.column) == (dataset[1]["stem"], y // 16, x // 16)
+        assert first.similarity == pytest.approx(1, abs=1e-5)
 
 
 def test_neighbours_of_no_pixel(bank, dataset):
@@ -445,7 +499,7 @@ def test_an_encoder_of_another_length_is_refused(bank):
 
 
 def test_other_lights_are_refused(bank, dataset):
-    with pytest.raises(AoiError, match="2 channels .* made for 1"):
+    with pytest.raises(AoiError, match="2 channels; this model was made for 1"):
         build_bank(dataset, PixelEncoder(channels=1))
     with pytest.raises(AoiError, match="channels"):
         bank.predict(torch.rand(1, 3, 32, 32))

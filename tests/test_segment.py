@@ -2,7 +2,11 @@
 
 import importlib
 import os
+import re
 import signal
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from aoi_ssl.core import AoiError, read_json, write_json
 from aoi_ssl.data import load_folder
 from aoi_ssl.encoder import PixelEncoder, ViTEncoder
 from aoi_ssl.predict import load_segmenter
+from aoi_ssl.retrieval import MemoryBank
 from aoi_ssl.segment import UperHead, UperNet, expect_shares, finetune, masked_bce, parameter_groups, validator
 
 segment_module = importlib.import_module("aoi_ssl.segment")  # `aoi_ssl.segment` itself is the verb
@@ -237,13 +242,18 @@ def test_finetune_gives_a_whole_segmenter_and_leaves_the_encoder_alone(images, t
     assert torch.equal(again.thresholds, model.thresholds) and again.classes == CLASSES
     assert again.history.equals(model.history) or np.allclose(again.history.loss, model.history.loss)
     assert torch.equal(again.encoder.mean, model.encoder.mean)
-    assert {f.suffix for f in (tmp_path / "seg").rglob("*.*")} == {".json", ".csv", ".safetensors"}
+    assert {f.suffix for f in (tmp_path / "seg").rglob("[!.]*.*")} == {".json", ".csv", ".safetensors"}
     assert [p.name for p in tmp_path.iterdir()] == ["seg"]
 
 
 def test_it_learns(images):
-    model = finetune(images["train"], nano(), **SHORT | {"budget": "60 steps", "batch_size": 4, "hidden": 16})
-    assert model.history.loss[-5:].mean() < 0.6 * model.history.loss[:5].mean()
+    one = images["train"].select([0])
+    judge = validator(one)
+    options = SHORT | {"budget": "40 steps", "batch_size": 4, "hidden": 16}
+    model = finetune(one, nano(), augment=False, lr=3e-3, **options)
+    new = UperNet.build(nano(), CLASSES, hidden=16)
+    assert judge(model)["iou_epoxy"] > 0.5 > 2 * judge(new)["iou_epoxy"]
+    assert model.history.loss[-5:].mean() < 0.8 * model.history.loss[:5].mean()
 
 
 def test_one_seed_one_result_and_another_seed_another(images):
@@ -254,19 +264,24 @@ def test_one_seed_one_result_and_another_seed_another(images):
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(images, tmp_path):
     class Stop(Augment):
+        pressed = False
+
         def __call__(self, image, mask=None, ignore=None, *, seed):
-            os.kill(os.getpid(), signal.SIGINT)
+            if not Stop.pressed:
+                Stop.pressed = True
+                os.kill(os.getpid(), signal.SIGINT)
             return super().__call__(image, mask, ignore, seed=seed)
 
+    options = SHORT | {"augment": Stop(), "out": tmp_path / "seg"}
     whole = finetune(images["train"], nano(), **SHORT)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(images["train"], nano(), tmp_path / "seg", augment=Stop(), **SHORT)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 1"):
+        finetune(images["train"], nano(), **options)
     assert not (tmp_path / "seg").exists()
     with pytest.raises(AoiError, match="resume=True"):
-        finetune(images["train"], nano(), tmp_path / "seg", **SHORT)
+        finetune(images["train"], nano(), **options)
     with pytest.raises(AoiError, match="lr"):
-        finetune(images["train"], nano(), tmp_path / "seg", resume=True, lr=0.5, **SHORT)
-    resumed = finetune(images["train"], nano(), tmp_path / "seg", resume=True, **SHORT)
+        finetune(images["train"], nano(), resume=True, lr=0.5, **options)
+    resumed = finetune(images["train"], nano(), resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
     assert resumed.history.loss.equals(whole.history.loss)
 
@@ -317,6 +332,55 @@ def test_validator_measures_by_summed_counts_and_leaves_absent_classes_out(image
     figures = validator(images["new"].select([0, 1]))(Told(nano(), CLASSES, hidden=8))
     assert figures["iou_wire"] == figures["iou_epoxy"] == 1 and figures["iou_wedge"] == 0
     assert figures["score"] == pytest.approx(0.75)
+
+
+def test_only_the_main_process_writes_and_an_epoch_is_shared(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_module, "Accelerator", lambda: SimpleNamespace(num_processes=2, is_main_process=False))
+    told = lambda thresholds: thresholds.__setitem__(0, [0.1, 0.2, 0.3, 0.4])  # noqa: E731  what the main process sends
+    monkeypatch.setattr(segment_module, "broadcast_object_list", told)
+    monkeypatch.setattr(UperNet, "calibrate", lambda *a: pytest.fail("calibrated in another process"))
+    options = SHORT | {"budget": "2 epochs", "batch_size": 2}
+    model = finetune(images["train"], nano(), tmp_path / "seg", calibration=images["calibration"], **options)
+    assert not (tmp_path / "seg").exists() and torch.allclose(model.thresholds, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    assert len(model.history) == 2 * -(-len(images["train"]) // 4)
+
+
+def test_a_new_model_is_where_its_encoder_is():
+    model = UperNet.build(nano().to("meta"), CLASSES, hidden=8)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+def test_one_small_image_that_shrinks_every_crop_is_named(images, monkeypatch):
+    small = images["train"].select([0, 1])
+    sizes = {"height": [256, 70], "width": [256, 256], "stem": small["stem"]}
+    with pytest.warns(UserWarning, match=f"{small['stem'][1]}, has a side of 70 pixels: the crop is 64 and not 128"):
+        assert segment_module.default_crop(sizes, most=128, patch_size=16) == 64
+    asked = []
+    monkeypatch.setattr(segment_module, "default_crop", lambda d, **o: (asked.append(o), 64)[1])
+    finetune(small, nano(), **SHORT | {"crop": None})
+    finetune(small, nano(), **SHORT)
+    assert asked == [{"most": 128, "patch_size": 16}]
+
+
+# One normalisation
+
+
+def test_bank_and_network_normalise_as_their_encoder_does(images, tmp_path):
+    encoder = nano(mean=[0.31, 0.47], std=[0.123, 0.211])
+    with warnings.catch_warnings(action="ignore"):
+        bank = MemoryBank.build(images["train"].select([0]), encoder, k=1)
+    for name, made in {"bank": bank, "upernet": UperNet.build(encoder, CLASSES, hidden=8)}.items():
+        made.save(tmp_path / name)
+        for one in (made, load_segmenter(tmp_path / name)):
+            assert torch.equal(one.encoder.mean, encoder.mean) and torch.equal(one.encoder.std, encoder.std)
+            statistics = [n for n, _ in one.named_buffers() if n.rsplit(".", 1)[-1] in ("mean", "std")]
+            assert statistics == ["encoder.mean", "encoder.std"], "one pair, the encoder's, and no other"
+
+
+def test_no_module_has_statistics_of_its_own():
+    photographs = re.compile(r"\b0?\.(485|456|406|229|224|225|5071|4867|4408)\d*\b|(?i:imagenet)")
+    for file in Path(segment_module.__file__).parent.glob("*.py"):
+        assert not (found := photographs.search(file.read_text())), f"{file.name}: {found[0]}"
 
 
 # Bad input

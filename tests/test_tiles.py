@@ -229,9 +229,69 @@ def test_images_are_decoded_once_within_the_limit(parts, monkeypatch):
 
 
 def test_crop_errors_name_the_remedy(parts):
-    with pytest.raises(AoiError, match="at most 60"):
-        CropSampler(parts["labelled"], size=61)
+    with pytest.raises(AoiError, match=r"side of 60\. Choose a crop of at most 48 \(a multiple of 16\)"):
+        CropSampler(parts["labelled"], size=64)
+    CropSampler(parts["labelled"], size=48)  # the advice holds
+    with pytest.raises(AoiError, match="crops_per_image is 0; 1 or more"):
+        CropSampler(parts["labelled"], size=32, crops_per_image=0)
     with pytest.raises(AoiError, match="no images"):
         CropSampler(parts["labelled"].select([]), size=32)
     with pytest.raises(AoiError, match="share"):
         CropSampler(parts["labelled"], size=32, foreground=50)
+
+
+def test_no_crop_is_advised_where_none_fits(tmp_path):
+    Image.fromarray(np.zeros((12, 40), np.uint8)).save(tmp_path / "im0_buffer0.png")
+    with pytest.raises(AoiError, match=r"side of 12\. Leave them out\.$"):
+        CropSampler(load_folder(tmp_path)["unlabelled"], size=16)
+
+
+ONE = 60 * 80 * (2 + 2)  # bytes of an image with its masks
+
+
+@pytest.mark.parametrize("foreground", [0.0, 0.5])
+def test_decodes_fall_by_the_number_of_crops_per_image(parts, monkeypatch, foreground):
+    real, read = tiles.native_item, []
+    monkeypatch.setattr(tiles, "native_item", lambda ds, i, labels: read.append(i) or real(ds, i, labels=labels))
+
+    def decodes(**options):
+        sampler = CropSampler(parts["labelled"], size=32, cache_bytes=ONE, foreground=foreground, **options)
+        read.clear()
+        turns = [sampler.batch(step, 1)["stem"][0] for step in range(40 * sampler.crops_per_image)]
+        return len(read), sampler.crops_per_image, turns
+
+    single, _, images = decodes(crops_per_image=1)
+    shared, _, turns = decodes(crops_per_image=4)
+    assert turns == [stem for stem in images for _ in range(4)]  # the same images, each four times in a row
+    assert single == shared > 20  # so four times as many crops cost no decoding more
+    assert decodes()[:2] == (single, 8)
+
+
+def test_one_crop_per_image_unless_the_cache_is_too_small(parts):
+    assert CropSampler(parts["labelled"], size=32).crops_per_image == 1
+    assert CropSampler(parts["labelled"], size=32, cache_bytes=5 * ONE).crops_per_image == 1
+    assert CropSampler(parts["labelled"], size=32, cache_bytes=5 * ONE - 1).crops_per_image == 8
+    assert CropSampler(parts["labelled"], size=32, cache_bytes=5 * ONE // 2, labels=False).crops_per_image == 1
+    assert CropSampler(parts["labelled"], size=32, cache_bytes=0, crops_per_image=1).crops_per_image == 1
+
+
+def test_crops_in_a_row_differ_and_are_a_function_of_seed_and_step(parts):
+    options = {"size": 32, "cache_bytes": ONE, "foreground": 0.5, "crops_per_image": 3}
+    one, two = (CropSampler(parts["labelled"], **options) for _ in range(2))
+    for step in range(4):
+        one.batch(step, 4)
+    resumed, unbroken = two.batch(4, 4), one.batch(4, 4)
+    assert all(torch.equal(resumed[k], unbroken[k]) for k in ("image", "mask", "ignore"))
+    rows = [one.batch(step, 3) for step in range(20)]
+    assert all(len(set(row["stem"])) == 1 for row in rows)
+    crops = torch.stack([row["image"] for row in rows])
+    for a, b in ((0, 1), (1, 2), (0, 2)):  # a few are the same by chance, where the wire lies near the border
+        assert (crops[:, a] != crops[:, b]).any((1, 2, 3)).float().mean() > 0.7
+
+
+def test_an_epoch_of_several_crops_per_image(parts):
+    sampler = CropSampler(parts["labelled"], size=32, crops_per_image=3)
+    assert (sampler.steps_per_epoch(5), sampler.steps_per_epoch(4)) == (3, 4)  # 15 crops
+    for epoch in range(2):
+        stems = [s for step in range(3) for s in sampler.batch(3 * epoch + step, 5)["stem"]]
+        assert sorted(stems) == sorted(3 * [f"im{i}" for i in range(5)])
