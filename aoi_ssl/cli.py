@@ -291,13 +291,13 @@ def evaluate(
     typer.echo(scores(counts, by=tuple(_names(by))).round(4).to_string(index=False))
     typer.echo(f"mIoU {mean_iou(counts):.4f} over {len(images)} image(s).")
 
-# %% ../nbs/api/15_cli.ipynb #416803d4
+# %% ../nbs/api/15_cli.ipynb #b2c9b8cc
 @app.command()
 def demo(
     data: Annotated[Path | None, typer.Argument(help="Your folder; by default devices are rendered.")] = None,
     out: Out = Path("runs/demo"),
     encoder: Annotated[str, typer.Option(help="Preset: tiny or small.")] = "tiny",
-    pretrain_budget: Budget = "3m",
+    pretrain_budget: Budget = "5m",
     finetune_budget: Budget = "75s",
     labels: Annotated[int, typer.Option(help="Labelled images of each new device.")] = 3,
     new: Annotated[str | None, typer.Option(help="Names of the new devices, comma-separated.")] = None,

@@ -425,13 +425,13 @@ def _stage_report(
         write_report(job.run / "report.html", title="Segmenting a new device", summary=verdict(table.mIoU),
                      sections=sections, facts=facts)
 
-# %% ../nbs/api/14_demo.ipynb #98550757
+# %% ../nbs/api/14_demo.ipynb #bb3c0d71
 def demo(
     data: str | Path | None = None,  # your folder in the data contract; rendered devices by default
     out: str | Path = "runs/demo",  # the folder to write
     *,
     encoder: str = "tiny",  # preset of the encoder
-    pretrain_budget: str = "3m",  # for the masked autoencoder
+    pretrain_budget: str = "5m",  # for the masked autoencoder
     finetune_budget: str = "75s",  # for each of the two UperNets
     labels: int = 3,  # labelled images of each new device
     new: list[str] | None = None,  # names of the new devices in your folder
