@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from aoi_ssl import synthetic
-from aoi_ssl.core import AoiError
+from aoi_ssl.core import MARKER, AoiError
 from aoi_ssl.synthetic import (
     CLASSES,
     MAKERS,
@@ -265,7 +265,7 @@ def test_folder_keeps_the_data_contract(tmp_path):
             bits = np.asarray(Image.open(mask))
             assert bits.dtype == np.uint8
             np.testing.assert_array_equal(bits[None] >> np.arange(4)[:, None, None] & 1, sample.mask)
-    assert len([p for p in out.rglob("*") if p.is_file()]) == 16 * 2 + 10 + 2
+    assert len([p for p in out.rglob("[!.]*") if p.is_file()]) == 16 * 2 + 10 + 2
 
 
 def test_processes_write_the_same_bytes(tmp_path):
@@ -286,6 +286,7 @@ def test_sixteen_bit_files(tmp_path):
 def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
+    (tmp_path / "out" / MARKER).touch()
     with pytest.raises(AoiError, match="not empty"):
         render_folder(tmp_path / "out", devices=1, images=2, **SMALL)
 
@@ -295,7 +296,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError, match="No space"):
         render_folder(tmp_path / "out", devices=1, images=2, overwrite=True, **SMALL)
-    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old.txt"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == sorted([MARKER, "old.txt", "out"])
 
 
 def test_drift_of_sets_every_dial():

@@ -52,7 +52,7 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_losses(tmp_path, stop):
             os.kill(os.getpid(), signal.SIGINT)
         return batch(index)
 
-    file = tmp_path / "run.checkpoint"
+    file, before = tmp_path / "run.checkpoint", signal.getsignal(signal.SIGINT)
     broken, optimizer = start()
     with pytest.raises(KeyboardInterrupt, match=f"after step {stop}.*resume"):
         fit(broken, loss, interrupted, optimizer, budget="20 steps", checkpoint=file, progress=False)
@@ -60,7 +60,7 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_losses(tmp_path, stop):
     resumed = fit(again, loss, batch, optimizer, budget="20 steps", checkpoint=file, resume=True, progress=False)
     assert resumed.loss.equals(whole.loss)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_checkpoint_of_another_run_or_a_broken_one_is_refused(tmp_path):
