@@ -1504,20 +1504,21 @@ def check_folder(
     table = table.sort_values("severity", kind="stable").drop(columns="stem")
     return table.drop_duplicates(ignore_index=True)
 
-# %% ../nbs/api/02_data.ipynb #4f1a73c0
+# %% ../nbs/api/02_data.ipynb #bbf1d7ee
 def device_ids(
     dataset: datasets.Dataset,  # from `load_folder`
-) -> list[str]:  # "manufacturer/device" of every row
+) -> list[str]:  # "manufacturer/device" of every row; the device alone where no manufacturer is known
     "Whose image each row is. The manufacturer belongs to it, because two makers may use the same number."
-    return [f"{m}/{d}" for m, d in zip(dataset["manufacturer"], dataset["device"], strict=True)]
+    pairs = zip(dataset["manufacturer"], dataset["device"], strict=True)
+    return [device if maker == "unknown" else f"{maker}/{device}" for maker, device in pairs]
 
-# %% ../nbs/api/02_data.ipynb #141741f3
+# %% ../nbs/api/02_data.ipynb #e409dea2
 def _choose(devices: list[str], wanted: int | float | Sequence[str], what: str, rng: np.random.Generator) -> list[str]:
     "Some of the devices: a number, a share, or names ('d001' or 'acme/d001')."
     if not isinstance(wanted, int | float):
         chosen = []
         for name in [wanted] if isinstance(wanted, str) else wanted:
-            fits = [d for d in devices if name in (d, d.split("/", 1)[1])]
+            fits = [d for d in devices if name in (d, d.split("/", 1)[-1])]
             if len(fits) != 1:
                 raise AoiError(
                     f"{what}={name!r} names {len(fits)} devices; one of {', '.join(devices[:8])} was expected."
