@@ -21,6 +21,7 @@ _PUBLIC = {  # name: the module that defines it
     "evaluate": "predict",
     "load_segmenter": "predict",
     "scores": "metrics",
+    "explore": "explore",
     "demo": "demo",
     "Encoder": "encoder",
     "MemoryBank": "retrieval",

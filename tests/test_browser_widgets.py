@@ -1,0 +1,303 @@
+"""The widgets in JupyterLab, in a real Chromium: clicked, painted on, reloaded; screenshots go to build/screenshots."""
+
+import json
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from test_browser import SHOTS, browser, lab, open_notebook, pytestmark, visit  # noqa: F401  (fixtures are found by name)
+
+SETUP = """
+import numpy as np, torch
+torch.set_num_threads(1)
+from aoi_ssl.encoder import PixelEncoder
+from aoi_ssl.synthetic import CLASSES, render
+
+def look(seed, image=0, size=512):
+    sample = render(seed, image, size=size)
+    return torch.from_numpy(sample.image).float() / 255, torch.from_numpy(sample.mask)
+
+image, mask = look(3)
+encoder = PixelEncoder(channels=2, mean=image.mean((1, 2)), std=image.std((1, 2)))
+"""
+
+TIMED = """w.clicked = [];
+w.views[0].viewer.canvas.addEventListener("pointerup", (e) => (w.start = e.timeStamp), true);
+w.views[0].viewer.onDrawn = () => { if (w.start) { w.clicked.push(performance.now() - w.start); w.start = 0; } };
+return 0;"""
+RAN = """([i, before]) => {
+  const cell = document.querySelectorAll(".jp-Notebook .jp-CodeCell")[i], text = cell.querySelector(".jp-InputPrompt").innerText;
+  return text !== before && /\\[\\d+\\]/.test(text);
+}"""
+AT = """const b = v.canvas.getBoundingClientRect(), t = v.transform();
+return [b.left + t.left + arg[1] * t.scale, b.top + t.top + arg[0] * t.scale];"""
+COLOURS = """const t = v.transform(), r = v.size.ratio, c = v.canvas.getContext("2d");
+const one = (x, y) => c.getImageData(Math.round((t.left + x * t.scale) * r), Math.round((t.top + y * t.scale) * r), 1, 1).data;
+return arg.map(([y, x]) => [...one(x, y)].slice(0, 3));"""
+NIGHT = """() => {
+  document.body.dataset.jpThemeLight = "false";
+  const colours = { "layout-color0": "#111418", "layout-color1": "#111418", "layout-color2": "#242a31",
+    "ui-font-color1": "#e6eaef", "ui-font-color2": "#a3adb8", "border-color1": "#49525c" };
+  for (const [name, value] of Object.entries(colours)) document.documentElement.style.setProperty(`--jp-${name}`, value);
+}"""
+
+
+def write_notebook(lab: str, name: str, *cells: str) -> str:
+    "Put a small notebook into JupyterLab's folder; returns its name."
+    empty = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    code = [{**empty, "id": f"c{i}", "source": source.strip()} for i, source in enumerate(cells)]
+    kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    content = {"cells": code, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    body = json.dumps({"type": "notebook", "format": "json", "content": content}).encode()
+    headers = {"Authorization": "token test", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{lab}/api/contents/{name}", data=body, method="PUT", headers=headers)
+    urllib.request.urlopen(request, timeout=20).read()
+    return name
+
+
+class Bench:
+    "A notebook that is open in JupyterLab: run its cells, reach its widget."
+
+    def __init__(self, v, lab: str, name: str, *cells: str):
+        self.v, self.page, self.lab, self.name = v, v.page, lab, write_notebook(lab, name, *cells)
+        open_notebook(v, lab, self.name)
+        self.page.locator("#jp-main-statusbar", has_text="| Idle").wait_for(timeout=90_000)
+        self.page.keyboard.press("Escape")
+
+    def run(self, index: int, timeout: int = 120_000) -> str:
+        "Run a cell and wait for its end; returns its text output."
+        cell = self.page.locator(".jp-Notebook .jp-CodeCell").nth(index)
+        before = cell.locator(".jp-InputPrompt").first.inner_text()
+        cell.locator(".cm-content").first.click()
+        self.page.keyboard.press("Control+Enter")
+        self.page.wait_for_function(RAN, arg=[index, before], timeout=timeout)
+        error = cell.locator("[data-mime-type='application/vnd.jupyter.error']")
+        assert error.count() == 0, error.first.inner_text()
+        texts = cell.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stdout']")
+        return texts.first.inner_text() if texts.count() else ""
+
+    def ask(self, index: int = 1, until=None):
+        "Run the cell that prints JSON; with `until`, again and again until that is true of the answer."
+        for _ in range(60):
+            answer = json.loads(self.run(index))
+            if until is None or until(answer):
+                return answer
+            time.sleep(0.2)
+        raise AssertionError(str(answer)[:1000])
+
+    def widget(self):
+        "The root of the widget, when its first picture is drawn."
+        root = self.page.locator(".jp-Notebook .aoi").first
+        root.locator(".aoi-view[data-drawn]").first.wait_for(timeout=60_000)
+        root.scroll_into_view_if_needed()
+        return root
+
+    def js(self, code: str, arg=None):
+        "Evaluate in the page, with `w` as the widget's own object."
+        return self.page.evaluate(f"(arg) => {{ const w = document.querySelector('.jp-Notebook .aoi').parentElement.aoi; {code} }}", arg)
+
+    def settle(self):
+        "Wait until two frames are drawn."
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def at(self, y: float, x: float, viewer: str = "w.views[0].viewer") -> tuple[float, float]:
+        "Where on the page an image pixel is."
+        return tuple(self.js(f"const v = {viewer}; {AT}", [y, x]))
+
+    def colours(self, places: list, viewer: str = "w.views[0].viewer") -> np.ndarray:
+        "The colours of image pixels (y, x) on the page: (n, 3)."
+        where = [[float(y), float(x)] for y, x in places]
+        return np.array(self.js(f"const v = {viewer}; {COLOURS}", where))
+
+    def shoot(self, name: str, *, page: bool = False) -> None:
+        "A screenshot of the widget alone, or of the page."
+        root = self.page.locator(".jp-Notebook .aoi").first
+        root.scroll_into_view_if_needed()
+        self.settle()
+        if page:
+            return self.v.shoot(f"widget-{name}")
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        root.screenshot(path=SHOTS / f"widget-{name}.png")
+
+
+@pytest.fixture
+def bench(lab, visit):
+    "Open a notebook of some cells in JupyterLab."
+    opened = []
+
+    def open_bench(name: str, *cells: str, width: int = 1280, height: int = 900) -> Bench:
+        opened.append(Bench(visit(width, height), lab, name, *cells))
+        return opened[-1]
+
+    yield open_bench
+    for b in opened:
+        assert b.v.outside() == [], "the page asked another host"
+        kernels = json.load(urllib.request.urlopen(f"{lab}/api/sessions?token=test", timeout=20))
+        for session in kernels:
+            if session["path"] == b.name:
+                address, token = f"{lab}/api/sessions/{session['id']}", {"Authorization": "token test"}
+                stop = urllib.request.Request(address, method="DELETE", headers=token)
+                urllib.request.urlopen(stop, timeout=20).read()
+
+
+# explore
+
+
+EXPLORE = SETUP + """
+from aoi_ssl.explore import explore
+from aoi_ssl.retrieval import MemoryBank, remember_image
+
+def small_bank(seeds):
+    parts, records, images = [], [], {}
+    for n, seed in enumerate(seeds):
+        picture, labels = look(seed, 5)
+        parts.append(remember_image({"image": picture, "mask": labels, "ignore": None}, encoder, number=n))
+        stem, size = f"acme_d{seed:03}_05", {"height": 512, "width": 512}
+        records.append({"stem": stem, "device": f"d{seed:03}", **size, "classes": list(CLASSES)})
+        images[stem] = picture
+    tensors = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    return MemoryBank(encoder, CLASSES, tensors, records), images
+
+bank, bank_images = small_bank([3, 4])
+handle = explore(image, encoder, bank, others=[look(3, 1)[0], look(4)[0]], bank_images=bank_images)
+handle
+"""
+ASK_EXPLORE = """
+import json
+found = handle.similarity
+names = ("held", "threshold", "overlay", "error", "light", "near", "view", "place")
+print(json.dumps({n: getattr(handle, n) for n in names} | {"map": None if found is None else found.round(4).tolist()}))
+"""
+
+
+def wire_patches(seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    "Patches of 16 pixels that a wire crosses, and those without any: (n, 2) rows and columns."
+    from aoi_ssl.synthetic import render
+
+    share = render(seed, 0, size=512).mask.reshape(4, 32, 16, 32, 16).mean((2, 4))
+    return np.argwhere((share[0] > 0.15) & (share[1] == 0)), np.argwhere(share.sum(0) == 0)
+
+
+def test_explore(bench):
+    "Click a wire patch: the trait says so, other wires light up; threshold, keys, bank, reload."
+    b = bench("explore.ipynb", EXPLORE, ASK_EXPLORE)
+    b.run(0)
+    b.widget()
+    b.shoot("explore-before", page=True)
+    wires, others = wire_patches()
+    row, column = wires[len(wires) // 2].tolist()
+    before = b.colours((wires + 0.5) * 16)
+    b.js(TIMED)
+    b.page.mouse.click(*b.at(row * 16 + 8, column * 16 + 8))
+    b.settle()
+    for y, x in wires[[3, 30, 60]].tolist():
+        b.page.keyboard.down("Shift")
+        b.page.mouse.click(*b.at(y * 16 + 8, x * 16 + 8))
+        b.page.keyboard.up("Shift")
+        b.settle()
+    b.page.mouse.move(5, 5)
+    answer = b.ask(until=lambda a: len(a["held"]) == 4 and a["near"])
+    assert answer["held"][0] == {"image": 0, "row": row, "column": column, "minus": False} and answer["error"] == ""
+    print("\nclick to picture, 512x512, ms:", [round(t) for t in b.js("return w.clicked;")])
+    b.shoot("explore-held")
+
+    found = np.array(answer["map"])  # what Python computed: wires are more alike to wires than to what bears none
+    rest = np.array([w for w in wires.tolist() if w not in [[h["row"], h["column"]] for h in answer["held"]]])
+    of = lambda places: found[tuple(places.T)]
+    assert (of(rest)[:, None] > of(others)[None]).mean() > 0.65
+    page = np.array(b.js("return [...w.maps[0]];")).reshape(32, 32)  # what the page computed is the same
+    assert np.abs(page - found).max() < 0.01
+    green = lambda places: np.subtract(*b.colours((places + 0.3) * 16)[:, [1, 0]].astype(int).T).mean()
+    assert green(rest) > green(others) + 15, "the scale runs from violet to green: wires are not greener than the rest"
+    assert np.abs(b.colours((wires + 0.5) * 16).astype(int) - before.astype(int)).mean() > 10
+
+    slider = b.page.get_by_role("slider", name="Threshold")  # only what is similar enough is coloured
+    slider.focus()
+    slider.fill(str(round(float(np.quantile(found, 0.9)), 2)))
+    b.page.mouse.move(5, 5)
+    answer = b.ask(until=lambda a: a["threshold"])
+    above = found > answer["threshold"] + 0.01
+    b.js("w.model.set('opacity', 1); w.model.save_changes(); return 0;")
+    b.settle()
+    dull = b.colours((np.argwhere(~above & (found < answer["threshold"] - 0.01)) + 0.3) * 16)
+    assert (np.ptp(dull, axis=1) <= 2).mean() > 0.95, "below the threshold the image is grey"
+    bright = b.colours((np.argwhere(above) + 0.3) * 16)
+    assert (np.ptp(bright, axis=1) > 20).mean() > 0.95
+    b.shoot("explore-threshold")
+
+    b.page.locator(".aoi-near button").first.click()  # a neighbour in its place
+    b.page.locator(".aoi-more .aoi-view[data-drawn]").first.wait_for()
+    assert b.ask(until=lambda a: a["place"])["place"]["key"] == answer["near"][0]["key"]
+    b.js("w.model.set('opacity', 0.65); w.model.set('threshold', null); w.model.save_changes(); return 0;")
+    b.shoot("explore-place")
+
+
+def test_explore_by_keyboard_and_after_a_reload(bench):
+    "Arrows, Enter and Esc; traits from Python; an error in the widget; what was held is there after a reload."
+    cells = "handle.overlay = 'pca'; handle.light = 'colour'", "handle.set_state({'light': 9})"
+    b = bench("explore-keys.ipynb", EXPLORE, ASK_EXPLORE, *cells)
+    b.run(0)
+    b.widget()
+    canvas = b.page.locator(".aoi-main canvas").first
+    canvas.focus()
+    for key in ["ArrowRight"] * 3 + ["ArrowDown", "Enter", "Shift+ArrowRight", "Shift+Enter", "ArrowUp", "Alt+Enter"]:
+        b.page.keyboard.press(key)
+    held = b.ask(until=lambda a: len(a["held"]) == 3)["held"]
+    assert [(h["row"], h["column"], h["minus"]) for h in held] == [(17, 19, False), (17, 23, False), (16, 23, True)]
+    canvas.focus()
+    b.page.keyboard.press("+")
+    b.page.keyboard.press("+")
+    view = b.ask(until=lambda a: a["view"]["zoom"] > 1)["view"]
+    b.run(2)
+    b.settle()
+    assert b.js("return w.get('overlay');") == "pca"
+    b.shoot("explore-pca")
+    b.run(3)
+    b.page.get_by_role("alert").filter(has_text="light=9").wait_for()
+    assert b.ask()["light"] == "colour"
+    b.shoot("explore-error")
+    b.page.keyboard.press("Control+s")
+    b.page.wait_for_timeout(500)
+    b.page.reload()
+    b.widget()
+    b.page.locator(".aoi-chip").nth(2).wait_for()
+    assert b.js("return w.get('view').zoom;") == view["zoom"]
+    b.page.locator(".aoi-main canvas").first.focus()
+    b.page.keyboard.press("Escape")
+    assert b.ask(until=lambda a: not a["held"])["held"] == []
+    b.shoot("explore-reloaded")
+
+
+def test_explore_large_and_dark(bench):
+    "2048 x 2048 pixels, 16384 patches: still at once; a dark theme."
+    large = EXPLORE.replace("image, mask = look(3)", "image, mask = look(3, size=2048)")
+    large = large[: large.index("handle = ")] + "handle = explore(image, encoder, held=[(1024, 1024)])\nhandle"
+    b = bench("explore-large.ipynb", large, ASK_EXPLORE)
+    b.run(0)
+    b.widget()
+    b.js(TIMED)
+    for y, x in [(500, 500), (900, 1300), (1500, 700)]:
+        b.page.mouse.click(*b.at(y, x))
+        b.settle()
+    print("\nclick to picture, 2048x2048, ms:", [round(t) for t in b.js("return w.clicked;")])
+    b.page.locator(".aoi-main canvas").first.focus()
+    for _ in range(6):
+        b.page.keyboard.press("+")
+    tiles = "document.querySelector('.jp-Notebook .aoi').parentElement.aoi.views[0].source.tiles"
+    b.page.wait_for_function(f"() => [...{tiles}.values()].some((t) => t.planes)")
+    b.page.emulate_media(color_scheme="dark")
+    b.page.evaluate(NIGHT)
+    b.shoot("explore-large-dark")
+
+
+def test_a_saved_notebook_shows_a_picture(lab, visit):
+    "Without a kernel there is the static picture, neither a blank nor an error."
+    v = visit(1280, 900)
+    open_notebook(v, lab, "api/19_explore.ipynb")
+    picture = v.page.locator(".jp-OutputArea-output[data-mime-type='image/png'] img").first
+    picture.scroll_into_view_if_needed()
+    picture.wait_for()
+    assert v.page.locator(".jp-OutputArea-output", has_text="Error displaying widget").count() == 0
+    v.shoot("widget-saved")
+    assert v.outside() == []

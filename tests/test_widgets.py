@@ -1,0 +1,202 @@
+"Widgets without a browser: traits, messages of the page, errors, results, and the JavaScript as a module."
+
+import io
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from aoi_ssl import show, widgets
+from aoi_ssl.core import AoiError
+from aoi_ssl.encoder import PixelEncoder, ViTEncoder
+from aoi_ssl.explore import Explorer, bank_mask, explore
+from aoi_ssl.retrieval import MemoryBank, remember_image
+
+CLASSES = ["wire", "ball", "wedge", "epoxy"]
+WIDGETS = ["explore"]
+
+
+@pytest.fixture(scope="module")
+def scene():
+    "Two images of patches of four kinds, and their masks: kind k is class k."
+    rng = np.random.default_rng(0)
+    kinds = rng.random((4, 2, 8, 8), dtype=np.float32)
+    maps = rng.integers(0, 4, (2, 6, 8))
+    images = [torch.from_numpy(np.block([[[kinds[k, c] for k in row] for row in m] for c in (0, 1)])) for m in maps]
+    images = [i if i.ndim == 3 else i.reshape(2, 48, 64) for i in images]
+    masks = [torch.from_numpy(np.stack([np.kron(m == k, np.ones((8, 8), bool)) for k in range(4)])) for m in maps]
+    return images, masks, maps
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return PixelEncoder(channels=2, patch_size=8)
+
+
+@pytest.fixture(scope="module")
+def bank(scene, encoder):
+    images, masks, _ = scene
+    item = {"image": images[1], "mask": masks[1], "ignore": None}
+    record = {"stem": "b_01", "device": "d1", "height": 48, "width": 64, "classes": CLASSES}
+    return MemoryBank(encoder, CLASSES, remember_image(item, encoder), [record])
+
+
+def from_page(handle, **state):
+    "Change traits as the page does."
+    handle.set_state(state)
+
+
+# the page's half
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_the_page_is_one_module_that_asks_nobody(name):
+    text = widgets.page_module(name)
+    assert not re.search(r"^\s*(import|export (?!default))", text, re.M)
+    assert text.count("export default") == 1
+    assert "fetch(" not in text and "XMLHttpRequest" not in text and "import(" not in text
+    assert re.findall(r"https?://[^\"\s)]+", text + widgets.page_style()) == ["http://www.w3.org/2000/svg"]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no node on PATH")
+@pytest.mark.parametrize("name", WIDGETS)
+def test_the_page_is_sound_javascript(name):
+    command = ["node", "--check", "--input-type=module"]
+    done = subprocess.run(command, input=widgets.page_module(name), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# pictures
+
+
+def test_tiles_put_together_are_the_picture():
+    image = torch.rand(2, 700, 1100, generator=torch.Generator().manual_seed(0))
+    extra = np.zeros((2, 700, 1100), np.uint8)
+    extra[1, 333] = 255
+    planes = widgets.Planes(image, extra=extra)
+    assert planes.meta()["level"] == 1 and planes.meta()["planes"] == 4
+
+    def read(files):
+        return np.concatenate([np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in files])[:4]
+
+    whole = np.concatenate([np.concatenate([read(planes.tile(0, r, c)) for c in range(3)], 2) for r in range(2)], 1)
+    assert (whole == planes.data).all()
+    small = read(planes.overview())
+    assert small.shape == (4, 350, 550)
+    assert (small[3, 166] == 255).all() and (np.delete(small[3], 166, 0) == 0).all()  # a thin line is not lost
+    assert abs(small[0].mean() - planes.data[0].mean()) < 0.5
+    assert (widgets.Planes(image).data[0] / 255 * planes.white + planes.black * 0 - image[0].numpy()).max() < 0.01
+
+
+def test_false_colour_is_that_of_show():
+    image = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    weights = np.array(widgets.Planes(image).meta()["colours"])
+    assert np.allclose(np.einsum("chw,cr->hwr", image, weights), show.false_colour(image), atol=1e-6)
+
+
+# explore
+
+
+def test_what_is_held_and_what_is_similar(scene, encoder):
+    images, _, maps = scene
+    handle = explore(images[0], encoder, others=[images[1]])
+    assert handle.similarity is None and handle.query is None and handle.similarities == []
+    handle.hold(0, 0)
+    assert handle.held == [{"image": 0, "row": 0, "column": 0, "minus": False}]
+    for found, kinds in zip(handle.similarities, maps, strict=True):  # patches of one kind are the same
+        assert ((found > 0.9999) == (kinds == maps[0][0, 0])).all()
+    from_page(handle, held=[{"image": 1, "row": 2, "column": 3, "minus": False}])
+    assert ((handle.similarity > 0.9999) == (maps[0] == maps[1][2, 3])).all()
+
+
+def test_held_patches_are_averaged_and_subtracted(scene, encoder):
+    images, _, maps = scene
+    handle = explore(images[0], encoder)
+    a, b = (np.argwhere(maps[0] == k)[0] for k in (0, 1))
+    handle.hold(*(a * 8)).hold(*(b * 8), add=True)
+    grid = handle.embeddings[0]
+    mean = torch.nn.functional.normalize(grid[tuple(a)] + grid[tuple(b)], dim=-1)
+    assert np.allclose(handle.similarity, (grid @ mean).numpy(), atol=1e-6)
+    handle.hold(*(a * 8)).hold(*(b * 8), minus=True)
+    less = torch.nn.functional.normalize(grid[tuple(a)] - grid[tuple(b)], dim=-1)
+    assert np.allclose(handle.similarity, (grid @ less).numpy(), atol=1e-6)
+
+
+def test_the_page_gets_the_same_embeddings(scene, encoder):
+    handle = explore(scene[0][0], encoder, space="whitened")
+    grid, sent = handle.embeddings[0], handle.grids[0]
+    numbers = np.frombuffer(handle.packed[0], np.int8).reshape(sent["rows"], sent["columns"], sent["dim"])
+    again = numbers * np.frombuffer(handle.packed_scales[0], np.float32).reshape(sent["rows"], sent["columns"], 1)
+    assert np.abs(again - grid.numpy()).max() < 0.01 and sent["patch"] == 8
+
+
+def test_neighbours_come_from_the_bank(scene, encoder, bank):
+    images, _, maps = scene
+    handle = explore(images[0], encoder, bank, bank_images={"b_01": images[1]}, k=3)
+    assert handle.near == [] and "Hold" in handle.bank_note
+    handle.hold(0, 0)
+    table = handle.neighbours
+    assert isinstance(table, pd.DataFrame) and len(table) == 3
+    assert (table.similarity > 0.9999).all() and set(table.stem) == {"b_01"}
+    assert all(maps[1][r.row, r.column] == maps[0][0, 0] for r in table.itertuples())
+    assert [n["key"] for n in handle.near] == table.key.tolist() and len(handle.thumbs) == 3
+    assert handle.near[0]["labels"] == CLASSES[maps[0][0, 0]]
+    handle.space = "whitened"
+    assert (handle.neighbours.similarity > 0.999).all()
+
+
+def test_a_neighbour_is_shown_in_its_place(scene, encoder, bank):
+    images, masks, _ = scene
+    handle = explore(images[0], encoder, bank, bank_images={"b_01": images[1]}, held=[(0, 0)])
+    handle._handle_custom_msg({"kind": "place", "key": handle.near[0]["key"]}, [])
+    assert handle.error == "" and handle.place["stem"] == "b_01" and handle.place["side"] == 8
+    assert (bank_mask(bank, "b_01") == masks[1].numpy()).all()
+    assert (handle._planes["place_0"].data[2:] == masks[1].numpy() * 255).all()
+
+
+def test_layers_of_a_vit(scene):
+    vit = ViTEncoder("nano", patch_size=8)
+    handle = explore(scene[0][0], vit, held=[(0, 0)])
+    assert handle.layers == [None, 1, 2]
+    last = handle.similarity
+    handle.layer = 1
+    assert not np.allclose(handle.similarity, last)
+    handle.layer = 2
+    assert np.allclose(handle.similarity, last, atol=1e-6)
+    with pytest.raises(AoiError, match="7"):
+        handle.layer = 7
+    assert handle.layer == 2
+
+
+def test_errors_of_the_page_are_shown_and_the_state_holds(scene, encoder):
+    handle = explore(scene[0][0], encoder, held=[(0, 0)])
+    from_page(handle, held=[{"image": 0, "row": 99, "column": 0, "minus": False}])
+    assert "99" in handle.error and handle.held[0]["row"] == 0
+    handle.error = ""
+    from_page(handle, light=5, opacity=0.5)
+    assert "light=5" in handle.error and handle.light == 0
+    handle.error = ""
+    handle._handle_custom_msg({"kind": "place", "key": 12345}, [])
+    assert handle.error
+    with pytest.raises(AoiError, match="bank"):
+        handle.neighbours  # noqa: B018
+    with pytest.raises(AoiError, match="outside"):
+        handle.held = [(48, 0)]
+
+
+def test_explore_and_its_twin_draw_the_same(scene, encoder, bank):
+    images = scene[0]
+    options = {"others": [images[1]], "held": [(8, 8), (20, 20)], "bank_images": {"b_01": images[1]}, "colours": "cividis"}
+    handle = explore(images[0], encoder, bank, **options)
+    live, still = handle.picture(), show.explore(images[0], encoder, bank, **options)
+    pixels = [np.asarray(Image.open(io.BytesIO(f._repr_png_())).convert("RGB")).astype(int) for f in (live, still)]
+    assert pixels[0].shape == pixels[1].shape and np.abs(pixels[0] - pixels[1]).mean() < 0.5
+    for overlay in ("pca", "none"):
+        handle.overlay = overlay
+        assert handle.picture().alt
+    assert isinstance(handle, Explorer)
