@@ -22,6 +22,7 @@ _PUBLIC = {  # name: the module that defines it
     "load_segmenter": "predict",
     "scores": "metrics",
     "explore": "explore",
+    "inspect": "inspect",
     "demo": "demo",
     "Encoder": "encoder",
     "MemoryBank": "retrieval",

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['to_bytes', 'Features', 'ExploreTraits', 'Explorer', 'explore_embed', 'explore_neighbours', 'explore_search',
-           'bank_image', 'bank_mask', 'show_place', 'explore_picture', 'explore']
+           'explore_picture', 'explore']
 
-# %% ../nbs/api/19_explore.ipynb #8d69e28e
+# %% ../nbs/api/19_explore.ipynb #40df875e
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,25 +16,23 @@ import traitlets
 from torch import Tensor
 
 from .core import AoiError
-from .retrieval import patch_masks
 from aoi_ssl.show import (
     SPACES,
     Picture,
     as_held,
-    bank_neighbours,
     encoder_layers,
     explored,
     feature_grids,
     held_query,
-    image_of,
     layer_encoder,
+    neighbours_of_held,
     pca_colours,
-    thumbnail,
+    plain_keys,
     to_space,
 )
-from .widgets import SCALES, Handle, Planes, as_picture, encode_planes, page_module, wrong_trait
+from .widgets import SCALES, BankPictures, BankTraits, Planes, as_picture, page_module, wrong_trait
 
-# %% ../nbs/api/19_explore.ipynb #44b12bc7
+# %% ../nbs/api/19_explore.ipynb #5467bd1e
 def to_bytes(
     grid: Tensor,  # (h, w, d) of length 1
 ) -> tuple[bytes, bytes]:  # int8, row by row; float32, the scale of each patch
@@ -43,7 +41,7 @@ def to_bytes(
     scale = flat.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
     return (flat / scale).round().to(torch.int8).numpy().tobytes(), scale.numpy().tobytes()
 
-# %% ../nbs/api/19_explore.ipynb #5c690627
+# %% ../nbs/api/19_explore.ipynb #2c1056df
 class Features:
     "The patches of some images, embedded once for each layer and space that is asked for."
 
@@ -68,8 +66,8 @@ class Features:
                 self.known[layer, space] = to_space(self(layer, "plain")[0], space, self.keys if layer is None else None)
         return self.known[layer, space]
 
-# %% ../nbs/api/19_explore.ipynb #936672a1
-class ExploreTraits(Handle):
+# %% ../nbs/api/19_explore.ipynb #87421c35
+class ExploreTraits(BankTraits):
     "What the page of `explore` shows and changes."
 
     _esm = page_module("explore")
@@ -88,23 +86,17 @@ class ExploreTraits(Handle):
     spaces = traitlets.List(list(SPACES)).tag(sync=True)
     layer = traitlets.Int(None, allow_none=True).tag(sync=True)
     layers = traitlets.List().tag(sync=True)
-    has_bank = traitlets.Bool(False).tag(sync=True)
-    bank_note = traitlets.Unicode("").tag(sync=True)
     k = traitlets.Int(6, min=1)
-    near = traitlets.List().tag(sync=True)
-    thumbs = traitlets.List().tag(sync=True)
-    place = traitlets.Dict(default_value=None, allow_none=True).tag(sync=True)
-    place_sources = traitlets.List().tag(sync=True)
-    place_overviews = traitlets.List().tag(sync=True)
 
-# %% ../nbs/api/19_explore.ipynb #8f58a146
+# %% ../nbs/api/19_explore.ipynb #3d195e49
 class Explorer(ExploreTraits):
     "The widget of `explore`; `held` is what is looked for, `similarity` and `neighbours` is what was found."
 
     def __init__(self, pictures: list, encoder, bank=None, *, bank_images=None, **traits):  # see `explore`
         names, images = zip(*pictures, strict=True)
-        self.encoder, self.bank, self.bank_images = encoder, bank, bank_images
-        self._features, self._seen = Features(images, encoder, None if bank is None else bank.keys), {}
+        self.encoder, self.bank = encoder, bank
+        self.pictures = None if bank is None else BankPictures(bank, bank_images)
+        self._features = Features(images, encoder, plain_keys(bank, encoder))
         planes = [Planes(i, name=n) for n, i in pictures]
         own = {"layers": encoder_layers(encoder), "has_bank": bank is not None, "classes": list(bank.classes) if bank else []}
         held = traits.pop("held", ())
@@ -158,16 +150,11 @@ class Explorer(ExploreTraits):
         self.held = [*self.held, one] if add or minus else [one]
         return self
 
-    def on_page(self, content: dict, buffers: list) -> None:
-        "Show a neighbour in its place."
-        if content["kind"] == "place":
-            show_place(self, content["key"])
-
     def picture(self) -> Picture:
         "The static twin, `show.explore`."
         return explore_picture(self)
 
-# %% ../nbs/api/19_explore.ipynb #ac62656b
+# %% ../nbs/api/19_explore.ipynb #0141eda0
 def explore_embed(
     handle: Explorer,  # its traits are set
 ) -> None:
@@ -181,7 +168,7 @@ def explore_embed(
         handle.packed = [numbers for numbers, _ in packed]
         handle.packed_scales = [scales for _, scales in packed]
 
-# %% ../nbs/api/19_explore.ipynb #e790a107
+# %% ../nbs/api/19_explore.ipynb #c6ba97b9
 def explore_neighbours(
     handle: Explorer,  # with something held
 ) -> pd.DataFrame:  # as `show.bank_neighbours`
@@ -189,10 +176,13 @@ def explore_neighbours(
     if handle.bank is None:
         raise AoiError("There is no bank to look in. Pass one: explore(image, encoder, bank).")
     if not handle.held:
-        raise AoiError("No patch is held. Click one, or call hold(y, x).")
+        raise AoiError("Hold a patch: click one, or call hold(y, x).")
     if handle.layer is not None:
         raise AoiError(f"The bank's keys are not those of block {handle.layer} alone. Set layer to None to search it.")
-    return bank_neighbours(handle.bank, handle.query, k=handle.k, white=handle._features(None, handle.space)[1])
+    return neighbours_of_held(
+        handle.bank, handle._features.images, handle.embeddings, handle.held, k=handle.k,
+        white=handle._features(None, handle.space)[1],
+    )
 
 
 def explore_search(
@@ -201,65 +191,12 @@ def explore_search(
     "Search the bank and send pictures of what was found."
     if handle.bank is None:
         return
-    table, note = pd.DataFrame(), "Hold a patch."
-    if handle.held:
-        try:
-            table, note = explore_neighbours(handle), ""
-        except AoiError as e:
-            note = str(e)
-    near, thumbs = [], []
-    if len(table):
-        masks = patch_masks(handle.bank, table["key"].tolist()).cpu().numpy()
-        for row, mask in zip(table.to_dict("records"), masks, strict=True):
-            labels = [c for c, m in zip(handle.classes, mask, strict=True) if m.any()]
-            near.append(row | {"labels": ", ".join(labels)})
-            picture = thumbnail(bank_image(handle, row["stem"]), mask, y=row["y"], x=row["x"], light=handle.light)
-            thumbs.append(encode_planes(picture.transpose(2, 0, 1))[0])
-    with handle.hold_sync():
-        handle.bank_note, handle.near, handle.thumbs, handle.place = note, near, thumbs, None
+    try:
+        handle.show_near(explore_neighbours(handle))
+    except AoiError as e:
+        handle.show_near(pd.DataFrame(), str(e))
 
-
-def bank_image(
-    handle: Explorer,  # has a bank
-    stem: str,  # of an image in it
-) -> np.ndarray | None:  # (C, H, W) in [0, 1]; None if it is not at hand
-    "An image of the bank, read once."
-    if stem not in handle._seen:
-        handle._seen[stem] = image_of(handle.bank_images, stem)
-    return handle._seen[stem]
-
-# %% ../nbs/api/19_explore.ipynb #fb716992
-def bank_mask(
-    bank: object,  # a MemoryBank
-    stem: str,  # of an image in it
-) -> np.ndarray:  # (K, H, W) bool
-    "The labels of an image as its bank remembers them."
-    number = [record["stem"] for record in bank.images].index(stem)
-    rows, record, p = (bank.image == number).nonzero().flatten(), bank.images[number], bank.encoder.patch_size
-    sides = [-(-record[s] // p) * p + 2 * p for s in ("height", "width")]  # keys may lie between the patches of the grid
-    mask = np.zeros((len(bank.classes), *sides), bool)
-    for y, x, m in zip(bank.y[rows].tolist(), bank.x[rows].tolist(), patch_masks(bank, rows).cpu().numpy(), strict=True):
-        mask[:, max(y, 0):y + p, max(x, 0):x + p] |= m[:, max(-y, 0):, max(-x, 0):]
-    return mask[:, :record["height"], :record["width"]]
-
-
-def show_place(
-    handle: Explorer,  # its `place` is set
-    key: int,  # row of the bank
-) -> None:
-    "Show a patch of the bank in its image. Raises `AoiError` if the image is not at hand."
-    row = next(r for r in handle.near if r["key"] == key)
-    image = bank_image(handle, row["stem"])
-    mask = bank_mask(handle.bank, row["stem"])
-    if image is None:
-        image = np.full((handle.bank.channels, *mask.shape[1:]), 0.35, np.float32)
-    planes = Planes(image, name=row["stem"], extra=mask.astype(np.uint8) * 255)
-    handle._planes["place_0"] = planes
-    with handle.hold_sync():
-        handle.place_sources, handle.place_overviews = [planes.meta()], [planes.overview()]
-        handle.place = {"key": key, "stem": row["stem"], "y": row["y"], "x": row["x"], "side": handle.encoder.patch_size}
-
-# %% ../nbs/api/19_explore.ipynb #2ac148ad
+# %% ../nbs/api/19_explore.ipynb #e49d3b88
 def explore_picture(
     handle: Explorer,  # what is shown
 ) -> Picture:  # the figure
@@ -269,10 +206,10 @@ def explore_picture(
     features, names = handle._features, [s["name"] for s in handle.sources]
     return explored(
         features.images, handle.embeddings, handle.held, handle.encoder.patch_size, bank=handle.bank, table=table,
-        bank_images=handle.bank_images, names=names, **look,
+        bank_images=handle.pictures and handle.pictures.images, names=names, **look,
     )
 
-# %% ../nbs/api/19_explore.ipynb #57f7ba0a
+# %% ../nbs/api/19_explore.ipynb #5d7b6c03
 def explore(
     image: Tensor | np.ndarray | Mapping,  # (C, H, W) in [0, 1], or a row of a dataset
     encoder: object,  # an Encoder

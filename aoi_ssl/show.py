@@ -6,7 +6,8 @@
 __all__ = ['PALETTE', 'ERROR_COLOURS', 'SPACES', 'class_colour', 'Picture', 'false_colour', 'lights', 'overlay', 'compare',
            'errors', 'similarity_map', 'similarity', 'neighbours', 'reconstruction', 'curves', 'score_chart',
            'layer_encoder', 'encoder_layers', 'whitening', 'feature_grids', 'to_space', 'as_held', 'held_query',
-           'pca_colours', 'bank_neighbours', 'to_space_of', 'image_of', 'thumbnail', 'explore', 'explored']
+           'pca_colours', 'plain_keys', 'bank_neighbours', 'neighbours_of_held', 'image_of', 'thumbnail', 'explore',
+           'explored', 'inspect', 'name_segmenters', 'novelty_of', 'inspected']
 
 # %% ../nbs/api/17_show.ipynb #e5a19f04
 import colorsys
@@ -34,6 +35,7 @@ from torch.nn import functional
 from .core import AoiError
 from .data import native_item, to_unit
 from .metrics import binary_counts
+from .predict import predict_image
 from .retrieval import embed, key_frame, patch_masks, top_k
 
 # %% ../nbs/api/17_show.ipynb #1d08b498
@@ -795,7 +797,7 @@ def score_chart(
     figure.alt = f"{metric} for each {by}: {'; '.join(words)}."
     return figure
 
-# %% ../nbs/api/17_show.ipynb #0c5654ee
+# %% ../nbs/api/17_show.ipynb #94b17cd2
 def layer_encoder(
     encoder: object,  # an Encoder
     layer: int | None,  # block whose output is wanted, 1 is the first; None: what the encoder itself gives
@@ -818,7 +820,7 @@ def encoder_layers(
     vit = getattr(encoder, "vit", None)
     return [None, *range(1, vit.config.num_hidden_layers + 1)] if vit is not None else [None]
 
-# %% ../nbs/api/17_show.ipynb #e3ee74e2
+# %% ../nbs/api/17_show.ipynb #e65890a5
 def whitening(
     embeddings: Tensor,  # (n, D) embeddings to learn the directions from
     *,
@@ -832,7 +834,7 @@ def whitening(
     spread, axes = spread[-keep:].clamp(min=0), axes[:, -keep:]
     return mean, axes / (spread + 1e-3 * spread[-1].clamp(min=1e-12)).sqrt()
 
-# %% ../nbs/api/17_show.ipynb #265b09fc
+# %% ../nbs/api/17_show.ipynb #39da5e52
 SPACES = ("plain", "whitened")  # how embeddings are compared
 
 
@@ -866,7 +868,7 @@ def to_space(
     mean, matrix = white = whitening(learn)
     return [functional.normalize((g - mean) @ matrix, dim=-1) for g in grids], white
 
-# %% ../nbs/api/17_show.ipynb #ffa946b3
+# %% ../nbs/api/17_show.ipynb #9ee53704
 def as_held(
     held: Sequence,  # pixels (y, x) of the first image; or dicts with image, row, column, minus
     grids: Sequence[tuple[int, int]],  # rows and columns of each image's patches
@@ -900,7 +902,7 @@ def held_query(
         query = query + (-1 if minus else 1) * (torch.stack(some).mean(0) if some else 0)
     return functional.normalize(query, dim=-1)
 
-# %% ../nbs/api/17_show.ipynb #9ea587a3
+# %% ../nbs/api/17_show.ipynb #2b34cc8c
 def pca_colours(
     grids: Sequence[Tensor],  # (h, w, d) each
 ) -> list[np.ndarray]:  # (h, w, 3) uint8 each
@@ -915,7 +917,17 @@ def pca_colours(
     ends = np.cumsum([g.shape[0] * g.shape[1] for g in grids])[:-1]
     return [c.reshape(*g.shape[:2], 3) for c, g in zip(np.split(colours, ends), grids, strict=True)]
 
-# %% ../nbs/api/17_show.ipynb #f3ff341f
+# %% ../nbs/api/17_show.ipynb #c1f80fce
+def plain_keys(
+    bank: object,  # a MemoryBank, or None
+    encoder: object,  # an Encoder
+) -> Tensor | None:  # (N, D) of length 1; None where the bank has mapped them to a space of its own
+    "The keys of a bank if they are the encoder's embeddings as they are."
+    own = getattr(bank, "space", None)
+    plain = bank is not None and bank.keys.shape[1] == encoder.dim and not len(getattr(own, "steps", ()))
+    return bank.keys if plain else None
+
+
 def bank_neighbours(
     bank: object,  # a MemoryBank
     query: Tensor,  # (d,) of length 1
@@ -923,26 +935,37 @@ def bank_neighbours(
     k: int = 6,  # how many
     white: tuple[Tensor, Tensor] | None = None,  # the whitening of the query, if it has one
 ) -> pd.DataFrame:  # a row a patch, nearest first: stem, device, row, column, similarity, y, x, key
-    "The patches of a bank nearest to a vector. Raises `AoiError` if it does not fit the bank's keys."
-    keys = bank.keys if white is None else to_space_of(bank.keys, white)
-    if keys.shape[1] != len(query):
-        raise AoiError(
-            f"The vector has {len(query)} numbers, the keys of the bank {keys.shape[1]}: it was made with another encoder "
-            "or other layers. Choose the encoder and the layers that the bank was built with."
-        )
+    "The patches of a bank nearest to a vector."
+    keys = bank.keys
+    if white is not None:
+        mean, matrix = (part.to(keys) for part in white)
+        keys = functional.normalize((keys - mean) @ matrix, dim=-1)
     similarity, rows = top_k(query[None].to(keys), keys, k)
     return key_frame(bank, rows[0], similarity=similarity[0])
 
 
-def to_space_of(
-    keys: Tensor,  # (n, D) of length 1
-    white: tuple[Tensor, Tensor],  # from `whitening`
-) -> Tensor:  # (n, d) of length 1
-    "Whiten by known directions."
-    mean, matrix = (part.to(keys) for part in white)
-    return functional.normalize((keys - mean) @ matrix, dim=-1)
+def neighbours_of_held(
+    bank: object,  # a MemoryBank
+    images: Sequence[np.ndarray],  # (C, H, W) in [0, 1]
+    grids: Sequence[Tensor],  # from `feature_grids`
+    held: Sequence[Mapping],  # from `as_held`, one at least
+    *,
+    k: int = 6,  # how many
+    white: tuple[Tensor, Tensor] | None = None,  # the whitening of the grids, if they have one
+) -> pd.DataFrame:  # as `bank_neighbours`
+    """The neighbours of what is held. A bank with a feature space of its own is asked for those of a single patch.
 
-# %% ../nbs/api/17_show.ipynb #2a52e2fb
+    Raises `AoiError` if such a bank is asked for several."""
+    p = bank.encoder.patch_size
+    if plain_keys(bank, bank.encoder) is not None:
+        return bank_neighbours(bank, held_query(grids, held), k=k, white=white)
+    if len(held) > 1:
+        raise AoiError("This bank compares in a feature space of its own, one patch at a time. Hold a single patch.")
+    one = held[0]
+    y, x = (min(one[n] * p + p // 2, s - 1) for n, s in zip(("row", "column"), images[one["image"]].shape[1:], strict=True))
+    return bank.neighbours(torch.as_tensor(images[one["image"]]), y, x, k=k)
+
+# %% ../nbs/api/17_show.ipynb #f268de7f
 def image_of(
     images: object,  # a dataset with a column "stem", a mapping stem -> (C, H, W) in [0, 1], or None
     stem: str,  # which
@@ -978,7 +1001,7 @@ def thumbnail(
     painted = _paint(ground, _pool_counts(mask, size, size) > 0, alpha=alpha)
     return (painted * 255).round().astype(np.uint8)
 
-# %% ../nbs/api/17_show.ipynb #56513dc3
+# %% ../nbs/api/17_show.ipynb #b0557b4a
 def explore(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     encoder: object,  # an Encoder
@@ -1001,17 +1024,17 @@ def explore(
 ) -> Picture:  # the figure
     "What the widget `explore` shows. Raises `AoiError` for what does not fit."
     images = [_image(image)] + [_image(o, f"others[{i}]") for i, o in enumerate(others)]
-    keys = bank.keys if bank is not None and space == "whitened" and layer is None else None
+    keys = plain_keys(bank, encoder) if layer is None else None
     grids, white = feature_grids(images, encoder, layer=layer, space=space, keys=keys)
     held = as_held(held, [tuple(g.shape[:2]) for g in grids], encoder.patch_size)
     table = None
     if bank is not None and held and layer is None:
-        table = bank_neighbours(bank, held_query(grids, held), k=k, white=white)
+        table = neighbours_of_held(bank, images, grids, held, k=k, white=white)
     look = {"overlay": overlay, "opacity": opacity, "threshold": threshold, "limits": limits, "colours": colours}
     look |= {"light": light, "stretch": stretch, "width": width}
     return explored(images, grids, held, encoder.patch_size, bank=bank, table=table, bank_images=bank_images, **look)
 
-# %% ../nbs/api/17_show.ipynb #0b75383b
+# %% ../nbs/api/17_show.ipynb #ec9ebd25
 def explored(
     images: Sequence[np.ndarray],  # (C, H, W) in [0, 1]
     grids: Sequence[Tensor],  # from `feature_grids`
@@ -1055,7 +1078,7 @@ def explored(
         _neighbour_strip(figure, table, bank, bank_images, light, bottom=_EDGE + 36 * shown)
     return figure
 
-# %% ../nbs/api/17_show.ipynb #c5eac039
+# %% ../nbs/api/17_show.ipynb #c3ba05e6
 def _explored_panels(count: int, overlay: str, shown: bool) -> list[tuple[int, bool]]:
     "Which image each panel shows, and whether without colours: the first image twice, if there are any."
     return [(0, True)] * (shown or overlay == "pca") + [(i, False) for i in range(count)]
@@ -1108,3 +1131,107 @@ def _neighbour_strip(figure: Figure, table: pd.DataFrame, bank: object, images: 
         lines = [f"{row.similarity:.3f}", *(_wrap(t, step - 6, 8)[0] for t in (row.stem, row.device))]
         for n, line in enumerate(lines):
             _text(figure, x, bottom + 36 - 13 * n, line, size=8, va="center_baseline")
+
+# %% ../nbs/api/17_show.ipynb #3b2b5ef8
+def inspect(
+    image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
+    segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
+    truth: Tensor | np.ndarray | None = None,  # (K, H, W) bool
+    *,
+    ignore: Tensor | np.ndarray | None = None,  # (K, H, W) bool, True where a class is not to be judged
+    thresholds: Mapping[str, Sequence[float]] | None = None,  # name -> one for each class; None: the segmenters' own
+    shown: Sequence[str] | None = None,  # classes that are shown; None: all
+    overlay: str = "mask",  # "mask", "errors", "probability", "novelty" or "none"
+    opacity: float = 0.3,  # strength of the colours, 0 to 1
+    light: int | str = 0,  # what lies under: a light's index, "mean" or "colour"
+    stretch: bool = False,  # brighten a dark image
+    width: float = 9.0,  # inches
+) -> Picture:  # the figure
+    "What the widget `inspect` shows. Raises `AoiError` for what does not fit."
+    named = name_segmenters(segmenters)
+    found = {n: predict_image(s, torch.as_tensor(_image(image))).numpy() for n, s in named.items()}
+    own = {n: s.thresholds.tolist() for n, s in named.items()} | dict(thresholds or {})
+    novelty = {n: novelty_of(s, image) for n, s in named.items()} if overlay == "novelty" else {}
+    classes = next(iter(named.values())).classes
+    look = {"shown": shown, "overlay": overlay, "opacity": opacity, "light": light, "stretch": stretch, "width": width}
+    return inspected(image, found, own, classes, truth, ignore=ignore, novelty=novelty, **look)
+
+
+def name_segmenters(
+    segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
+) -> dict:  # name -> Segmenter
+    "One or several segmenters by name. Raises `AoiError` if there is none, or if their classes differ."
+    named = dict(segmenters) if isinstance(segmenters, Mapping) else {getattr(segmenters, "kind", "segmenter"): segmenters}
+    classes = {n: list(s.classes) for n, s in named.items()}
+    if not named or len({tuple(c) for c in classes.values()}) > 1:
+        raise AoiError(
+            f"The segmenters have the classes {classes}; one segmenter at least, and the same classes in the same order, were "
+            "expected. Look at them one by one."
+        )
+    return named
+
+# %% ../nbs/api/17_show.ipynb #a1a57b3a
+def novelty_of(
+    segmenter: object,  # a Segmenter; one that knows novelty has `novelty(image)`
+    image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
+) -> np.ndarray:  # (H, W), the larger the less like anything known
+    "How new each pixel is to a segmenter. Raises `AoiError` if it cannot say."
+    if not hasattr(segmenter, "novelty"):
+        raise AoiError(f"A {type(segmenter).__name__} cannot say what is new to it. Choose another overlay, or a memory bank.")
+    found = torch.as_tensor(segmenter.novelty(torch.as_tensor(_image(image)))).float().squeeze()
+    if found.ndim != 2:
+        raise AoiError(f"novelty gave {tuple(found.shape)}; (height, width), of pixels or of patches, was expected.")
+    return functional.interpolate(found[None, None], image.shape[-2:], mode="nearest-exact")[0, 0].cpu().numpy()
+
+# %% ../nbs/api/17_show.ipynb #7c253e18
+def inspected(
+    image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
+    probabilities: Mapping[str, np.ndarray],  # name -> (K, H, W)
+    thresholds: Mapping[str, Sequence[float]],  # name -> one for each class
+    classes: Sequence[str],  # K names
+    truth: Tensor | np.ndarray | None = None,  # (K, H, W) bool
+    *,
+    ignore: Tensor | np.ndarray | None = None,  # (K, H, W) bool
+    novelty: Mapping[str, np.ndarray] | None = None,  # name -> (H, W)
+    shown: Sequence[str] | None = None,  # classes; None: all
+    overlay: str = "mask",  # as for `inspect`
+    opacity: float = 0.3,  # 0 to 1
+    light: int | str = 0,  # as for `inspect`
+    stretch: bool = False,  # brighten a dark image
+    width: float = 9.0,  # inches
+) -> Picture:  # the figure
+    "Draw what was predicted already. Raises `AoiError` for an overlay or a class that there is not."
+    kept = [c for c in classes if shown is None or c in shown]
+    unknown = [c for c in shown or () if c not in classes]
+    if overlay not in ("mask", "errors", "probability", "novelty", "none") or unknown or (overlay == "errors" and truth is None):
+        raise AoiError(
+            f"overlay={overlay!r}, shown={shown}; mask, errors (with a truth), probability, novelty or none, and classes of "
+            f"{list(classes)} were expected."
+        )
+    at = [list(classes).index(c) for c in kept]
+    masks = {n: p[at] > np.asarray(thresholds[n], np.float32)[at, None, None] for n, p in probabilities.items()}
+    truth, ignore = (None if m is None else _array(m)[at] for m in (truth, ignore))
+    how = {"light": light, "stretch": stretch, "width": width}
+    if overlay == "errors":
+        return errors(image, masks if len(masks) > 1 else next(iter(masks.values())), truth, kept, ignore=ignore, **how)
+    if overlay == "mask":
+        pair = masks if truth is None else {**masks, "truth": truth}
+        return compare(image, pair, kept, ignore=ignore, alpha=opacity, **how)
+    if overlay == "none":
+        return lights(image, view="both", stretch=stretch, width=width)
+    maps = novelty if overlay == "novelty" else {n: p[at].max(0) for n, p in probabilities.items()}
+    return _heat_maps(image, maps, overlay, alpha=min(1.0, opacity + 0.35), **how)
+
+
+def _heat_maps(image, maps: Mapping[str, np.ndarray], what: str, *, alpha: float, light, stretch: bool, width: float) -> Picture:
+    "One panel for each map over the image, on one colour scale."
+    image = _image(image)
+    ends = [float(f(m)) for f, m in ((np.min, list(maps.values())), (np.max, list(maps.values())))] if what == "novelty" else [0.0, 1.0]
+    words = f"{what.capitalize()} of {', '.join(maps)}, from {ends[0]:.2f} to {ends[1]:.2f}."
+    figure, axes, size = _sheet(list(maps), 3, image.shape[1:], width=width, strip=36, alt=words)
+    colours = "magma" if what == "novelty" else "viridis"
+    _colour_bar(figure, tuple(ends), what, colours=colours)
+    for panel, values in zip(axes, maps.values(), strict=True):
+        ground = _background(image, light, size, stretch=stretch)
+        _put(panel, _heat(ground, values, 1, image.shape[1:], limits=tuple(ends), threshold=None, alpha=alpha, colours=colours))
+    return figure

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TILE', 'OVERVIEW', 'SCALES', 'page_module', 'page_style', 'shrink', 'encode_planes', 'Planes', 'as_picture',
-           'TraitValueError', 'wrong_trait', 'Handle', 'shown_in', 'scale_tables', 'mime_bundle']
+           'TraitValueError', 'wrong_trait', 'Handle', 'shown_in', 'scale_tables', 'mime_bundle', 'BankPictures',
+           'bank_mask', 'BankTraits']
 
-# %% ../nbs/api/18_widgets.ipynb #9d0a0f0a
+# %% ../nbs/api/18_widgets.ipynb #d1a0c6cc
 import re
 import traceback
 from base64 import b64encode
@@ -18,6 +19,7 @@ from secrets import token_hex
 
 import anywidget
 import numpy as np
+import pandas as pd
 import torch
 import traitlets
 from matplotlib import colormaps
@@ -26,9 +28,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from .core import AoiError
-from .show import Picture, _image, class_colour, false_colour
+from .retrieval import patch_masks
+from .show import Picture, _image, class_colour, false_colour, image_of, thumbnail
 
-# %% ../nbs/api/18_widgets.ipynb #2f147edf
+# %% ../nbs/api/18_widgets.ipynb #56b67cfb
 def page_module(
     name: str,  # of a file in aoi_ssl/static, without .js
 ) -> str:  # one ES module
@@ -43,7 +46,7 @@ def page_style() -> str:  # CSS
     "The look of all widgets: it follows the theme of JupyterLab, VS Code or the system."
     return (resources.files("aoi_ssl") / "static" / "widgets.css").read_text(encoding="utf-8")
 
-# %% ../nbs/api/18_widgets.ipynb #4b14e4cc
+# %% ../nbs/api/18_widgets.ipynb #36517a4f
 TILE, OVERVIEW = 512, 1024  # side of a tile, and the most that the larger side of an overview has, pixels
 
 
@@ -59,7 +62,7 @@ def shrink(
     most = functional.max_pool2d(planes[None, lights:], times, ceil_mode=True)[0] if lights < len(planes) else mean[:0]
     return torch.cat([mean, most])
 
-# %% ../nbs/api/18_widgets.ipynb #75031e86
+# %% ../nbs/api/18_widgets.ipynb #6c6b5c08
 def encode_planes(
     planes: np.ndarray,  # (C, h, w) uint8
 ) -> list[bytes]:  # ceil(C / 3) PNG files
@@ -73,7 +76,7 @@ def encode_planes(
         files.append(buffer.getvalue())
     return files
 
-# %% ../nbs/api/18_widgets.ipynb #423d7e60
+# %% ../nbs/api/18_widgets.ipynb #1912fb07
 class Planes:
     "One picture for the page: its lights, then planes of masks or probabilities, cut into tiles on demand."
 
@@ -124,7 +127,7 @@ class Planes:
             part = shrink(torch.from_numpy(part).float(), 2**level, self.lights).round().byte().numpy()
         return encode_planes(part)
 
-# %% ../nbs/api/18_widgets.ipynb #533d4691
+# %% ../nbs/api/18_widgets.ipynb #30da73c9
 def as_picture(
     value: object,  # (C, H, W) in [0, 1]; or a row of a dataset
     name: str,  # what it is called if it brings no name
@@ -136,7 +139,7 @@ def as_picture(
         return str(value.get("stem", name)), _image(value["image"], name)
     return name, _image(value, name)
 
-# %% ../nbs/api/18_widgets.ipynb #6cf436e9
+# %% ../nbs/api/18_widgets.ipynb #ef57dd4f
 class TraitValueError(AoiError, traitlets.TraitError):
     "A value that a trait does not take: the old one stays, also where several are set at once."
 
@@ -149,7 +152,7 @@ def wrong_trait() -> Iterator[None]:  # use it in a `with` statement, in a valid
     except AoiError as e:
         raise TraitValueError(str(e)) from None
 
-# %% ../nbs/api/18_widgets.ipynb #d56346b8
+# %% ../nbs/api/18_widgets.ipynb #354626a5
 SCALES = ("viridis", "cividis", "magma")  # colour scales, all of rising lightness and safe for the colour-blind
 
 
@@ -158,7 +161,6 @@ class Handle(anywidget.AnyWidget):
 
     _css = page_style()
     error = traitlets.Unicode("").tag(sync=True)
-    twin_id = traitlets.Unicode().tag(sync=True)
     sources = traitlets.List().tag(sync=True)
     overviews = traitlets.List().tag(sync=True)
     light = traitlets.Any(0).tag(sync=True)
@@ -178,7 +180,7 @@ class Handle(anywidget.AnyWidget):
         self._planes = {str(i): p for i, p in enumerate(pictures)}
         colours = [[round(255 * c) for c in class_colour(k)] for k in range(len(classes))]
         sent = {"sources": [p.meta() for p in pictures], "overviews": [p.overview() for p in pictures]}
-        super().__init__(twin_id=token_hex(4), scales_rgb=scale_tables(), classes=list(classes), class_colours=colours, **sent, **traits)
+        super().__init__(scales_rgb=scale_tables(), classes=list(classes), class_colours=colours, **sent, **traits)
 
     def set_state(self, sync_data: dict) -> None:
         "Called by ipywidgets when the page has changed a trait."
@@ -210,7 +212,7 @@ class Handle(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: object) -> dict:
         return mime_bundle(self)
 
-# %% ../nbs/api/18_widgets.ipynb #5e392c40
+# %% ../nbs/api/18_widgets.ipynb #2910d547
 @contextmanager
 def shown_in(
     handle: Handle,  # whose error area says what happened
@@ -232,7 +234,7 @@ def scale_tables() -> dict[str, bytes]:  # name -> 256 colours of 3 bytes
     steps = np.arange(256)
     return {name: (colormaps[name](steps)[:, :3] * 255).round().astype(np.uint8).tobytes() for name in SCALES}
 
-# %% ../nbs/api/18_widgets.ipynb #4cf49df3
+# %% ../nbs/api/18_widgets.ipynb #2e592988
 def mime_bundle(
     handle: Handle,  # what is displayed
 ) -> dict:  # kinds of content -> content
@@ -241,3 +243,87 @@ def mime_bundle(
     figure = handle.picture()
     png = b64encode(figure._repr_png_()).decode()
     return bundle | {"image/png": png, "text/plain": figure.alt}
+
+# %% ../nbs/api/18_widgets.ipynb #31c2b065
+class BankPictures:
+    "The patches of a bank as pictures."
+
+    def __init__(
+        self,
+        bank: object,  # a MemoryBank
+        images: object = None,  # where its images are: a dataset, or a mapping stem -> (C, H, W) in [0, 1]
+    ):
+        self.bank, self.images, self.read = bank, images, {}
+
+    def image(self, stem: str) -> np.ndarray | None:
+        "An image of the bank, (C, H, W) in [0, 1]; None if it is not at hand."
+        if stem not in self.read:
+            self.read[stem] = image_of(self.images, stem)
+        return self.read[stem]
+
+    def mask(self, stem: str) -> np.ndarray:
+        "The labels of an image as the bank remembers them, (K, H, W) bool."
+        return bank_mask(self.bank, stem)
+
+    def near(self, table: pd.DataFrame, light: int | str) -> tuple[list[dict], list[bytes]]:
+        "Neighbours as the page wants them: a dict and a PNG file for each row of `MemoryBank.neighbours`."
+        rows, thumbs = [], []
+        masks = patch_masks(self.bank, table["key"].tolist()).cpu().numpy() if len(table) else ()
+        for row, mask in zip(table.to_dict("records"), masks, strict=True):
+            labels = [c for c, m in zip(self.bank.classes, mask, strict=True) if m.any()]
+            rows.append(row | {"labels": ", ".join(labels)})
+            picture = thumbnail(self.image(row["stem"]), mask, y=row["y"], x=row["x"], light=light)
+            thumbs.append(encode_planes(picture.transpose(2, 0, 1))[0])
+        return rows, thumbs
+
+    def place(self, row: Mapping) -> tuple[Planes, dict]:
+        "The image of a neighbour with its labels, and where in it the patch is."
+        mask, image = self.mask(row["stem"]), self.image(row["stem"])
+        if image is None:
+            image = np.full((self.bank.channels, *mask.shape[1:]), 0.35, np.float32)
+        planes = Planes(image, name=row["stem"], extra=mask.astype(np.uint8) * 255)
+        return planes, {n: row[n] for n in ("key", "stem", "y", "x")} | {"side": self.bank.encoder.patch_size}
+
+# %% ../nbs/api/18_widgets.ipynb #bf1ea036
+def bank_mask(
+    bank: object,  # a MemoryBank
+    stem: str,  # of an image in it
+) -> np.ndarray:  # (K, H, W) bool
+    "The labels of an image as its bank remembers them."
+    number = [record["stem"] for record in bank.images].index(stem)
+    rows, record, p = (bank.image == number).nonzero().flatten(), bank.images[number], bank.encoder.patch_size
+    sides = [record[s] + 2 * p for s in ("height", "width")]  # patches may reach beyond the image
+    mask = np.zeros((len(bank.classes), *sides), bool)
+    for y, x, m in zip(bank.y[rows].tolist(), bank.x[rows].tolist(), patch_masks(bank, rows).cpu().numpy(), strict=True):
+        mask[:, p + y:2 * p + y, p + x:2 * p + x] |= m
+    return mask[:, p:p + record["height"], p:p + record["width"]]
+
+# %% ../nbs/api/18_widgets.ipynb #f5a3161e
+class BankTraits(Handle):
+    "Neighbours in a bank, as the page shows them; a click shows one in its place. `pictures` is a `BankPictures` or None."
+
+    has_bank = traitlets.Bool(False).tag(sync=True)
+    bank_note = traitlets.Unicode("").tag(sync=True)
+    near = traitlets.List().tag(sync=True)
+    thumbs = traitlets.List().tag(sync=True)
+    place = traitlets.Dict(default_value=None, allow_none=True).tag(sync=True)
+    place_sources = traitlets.List().tag(sync=True)
+    place_overviews = traitlets.List().tag(sync=True)
+    pictures: BankPictures | None = None
+
+    def show_near(self, table: pd.DataFrame, note: str = "") -> None:
+        "Send neighbours to the page; `note` is what it says where there are none."
+        near, thumbs = ([], []) if self.pictures is None else self.pictures.near(table, self.light)
+        with self.hold_sync():
+            self.bank_note, self.near, self.thumbs, self.place = note, near, thumbs, None
+
+    def on_page(self, content: dict, buffers: list) -> None:
+        "Show a neighbour in its place."
+        if content["kind"] == "place":
+            row = next((r for r in self.near if r["key"] == content["key"]), None)
+            if row is None:
+                raise AoiError(f"Patch {content['key']} is no neighbour any more. Choose one of those shown.")
+            self._planes["place_0"], place = self.pictures.place(row)
+            with self.hold_sync():
+                self.place_sources, self.place_overviews = ([f()] for f in (self._planes["place_0"].meta, self._planes["place_0"].overview))
+                self.place = place

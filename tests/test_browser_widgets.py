@@ -144,8 +144,7 @@ def bench(lab, visit):
 # explore
 
 
-EXPLORE = SETUP + """
-from aoi_ssl.explore import explore
+BANK = SETUP + """
 from aoi_ssl.retrieval import MemoryBank, remember_image
 
 def small_bank(seeds):
@@ -160,6 +159,9 @@ def small_bank(seeds):
     return MemoryBank(encoder, CLASSES, tensors, records), images
 
 bank, bank_images = small_bank([3, 4])
+"""
+EXPLORE = BANK + """
+from aoi_ssl.explore import explore
 handle = explore(image, encoder, bank, others=[look(3, 1)[0], look(4)[0]], bank_images=bank_images)
 handle
 """
@@ -289,6 +291,84 @@ def test_explore_large_and_dark(bench):
     b.page.emulate_media(color_scheme="dark")
     b.page.evaluate(NIGHT)
     b.shoot("explore-large-dark")
+
+
+# inspect
+
+
+INSPECT = BANK + """
+from aoi_ssl.encoder import PixelEncoder
+from aoi_ssl.inspect import inspect
+fine = PixelEncoder(channels=2, patch_size=8, mean=image.mean((1, 2)), std=image.std((1, 2)))
+encoder, coarse = fine, bank
+finer, _ = small_bank([3, 4])
+handle = inspect({"image": image, "stem": "acme_d003_00", "mask": mask, "ignore": None}, {"16 px": coarse, "8 px": finer},
+                 bank_images=bank_images)
+handle
+"""
+ASK_INSPECT = """
+import json
+names = ("thresholds", "overlay", "error", "shown", "pixel", "why", "view", "place")
+areas = {n: m.sum((1, 2)).tolist() for n, m in handle.masks.items()}
+ious = handle.scores.set_index(["segmenter", "class"])["iou"].round(4)
+print(json.dumps({n: getattr(handle, n) for n in names} | {
+    "areas": areas, "iou": [[ious[n, c] for c in handle.classes] for n in handle.segmenters],
+    "near": [n["key"] for n in handle.near], "own": coarse.thresholds.tolist()}))
+"""
+
+
+def test_inspect(bench):
+    "A threshold changes the mask and the IoU; errors; why this pixel; a class off; zoom in both."
+    b = bench("inspect.ipynb", INSPECT, ASK_INSPECT, height=1150)
+    b.run(0)
+    b.widget()
+    b.page.locator(".aoi-line b", has_text="IoU 0").first.wait_for()
+    b.shoot("inspect-before")
+    first = b.ask()
+    epoxy = "16 px", 3
+    b.js("w.drawn = 0; w.views[0].viewer.onDrawn = () => { w.ms = performance.now() - w.t0; }; return 0;")
+    slider = b.page.get_by_role("slider", name="threshold of epoxy, 16 px")
+    places = np.argwhere(np.ones((64, 64))) * 8 + 4.0
+    before = b.colours(places)
+    b.js("w.t0 = performance.now(); return 0;")
+    slider.fill("0.9")
+    b.settle()
+    print("\nthreshold to picture, 512x512, ms:", round(b.js("return w.ms;")))
+    after = b.ask(until=lambda a: a["thresholds"][0][3] == 0.9)
+    assert after["areas"]["16 px"][3] < first["areas"]["16 px"][3] and after["areas"]["8 px"] == first["areas"]["8 px"]
+    assert (np.abs(b.colours(places).astype(int) - before.astype(int)).sum(1) > 20).sum() > 20, "no pixel changed"
+    shown = b.page.locator(".aoi-classes > div").nth(epoxy[1]).locator(".aoi-line b").first.inner_text()
+    assert shown == f"IoU {after['iou'][0][3]:.2f}"
+    slider.fill("0.5")
+
+    b.page.get_by_role("radio", name="Errors").click()
+    b.shoot("inspect-errors")
+    b.page.get_by_role("radio", name="Probability").click()
+    b.shoot("inspect-probability")
+    b.page.get_by_role("radio", name="Mask").click()
+    b.page.get_by_role("button", name="epoxy").first.click()
+    assert b.ask(until=lambda a: not a["shown"][3])["shown"] == [True, True, True, False]
+
+    wires, _ = wire_patches()
+    y, x = (wires[40] * 16 + 8).tolist()
+    b.page.locator(".aoi-views canvas").first.scroll_into_view_if_needed()
+    b.page.mouse.click(*b.at(y, x))
+    answer = b.ask(until=lambda a: a["near"])
+    assert abs(answer["pixel"]["y"] - y) <= 1 and len(answer["why"]) == 2 and answer["error"] == ""
+    b.page.locator(".aoi-near button").first.click()
+    b.page.locator(".aoi-views figure .aoi-legend").first.wait_for()
+    b.page.locator(".aoi-views canvas").first.focus()
+    for _ in range(5):
+        b.page.keyboard.press("+")
+    b.settle()
+    views = b.js("return w.views.map((v) => v.viewer.view.zoom);")
+    assert views[0] > 2 and len(set(views)) == 1
+    b.shoot("inspect-why")
+    b.page.get_by_role("button", name="Give the thresholds to the segmenters").click()
+    assert b.ask(until=lambda a: a["own"][3] == 0.5)["error"] == ""
+
+
+# saved
 
 
 def test_a_saved_notebook_shows_a_picture(lab, visit):

@@ -14,11 +14,15 @@ from PIL import Image
 from aoi_ssl import show, widgets
 from aoi_ssl.core import AoiError
 from aoi_ssl.encoder import PixelEncoder, ViTEncoder
-from aoi_ssl.explore import Explorer, bank_mask, explore
+from aoi_ssl.explore import Explorer, explore
+from aoi_ssl.inspect import inspect, threshold_curves
+from aoi_ssl.metrics import binary_counts
+from aoi_ssl.predict import Segmenter
 from aoi_ssl.retrieval import MemoryBank, remember_image
+from aoi_ssl.widgets import bank_mask
 
 CLASSES = ["wire", "ball", "wedge", "epoxy"]
-WIDGETS = ["explore"]
+WIDGETS = ["explore", "inspect"]
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +204,107 @@ def test_explore_and_its_twin_draw_the_same(scene, encoder, bank):
         handle.overlay = overlay
         assert handle.picture().alt
     assert isinstance(handle, Explorer)
+
+
+# inspect
+
+
+class Known(Segmenter):
+    "Gives the probabilities that it was made with; says what is novel."
+
+    kind = "known"
+
+    def __init__(self, probabilities):
+        super().__init__(CLASSES, 2)
+        self.probabilities = probabilities
+
+    def predict(self, images):
+        return self.probabilities.expand(len(images), *self.probabilities.shape)
+
+    def novelty(self, image):
+        return self.probabilities[0]
+
+
+@pytest.fixture
+def segmenters(scene):
+    generator = torch.Generator().manual_seed(0)
+    truth = scene[1][0].float()
+    return {n: Known((truth * 0.5 + a * torch.rand(truth.shape, generator=generator)).clamp(0, 1)) for n, a in (("a", 0.4), ("b", 0.5))}
+
+
+def test_scores_follow_the_thresholds_exactly(scene, segmenters):
+    images, masks, _ = scene
+    ignore = torch.zeros_like(masks[0])
+    ignore[:, :10] = True
+    handle = inspect(images[0], segmenters, masks[0], ignore=ignore)
+    handle.set_threshold("ball", 0.37).set_threshold("epoxy", 0.61, segmenter="b")
+    assert handle.thresholds == [[0.5, 0.37, 0.5, 0.5], [0.5, 0.37, 0.5, 0.61]]
+    for s, (name, segmenter) in enumerate(segmenters.items()):
+        mask = segmenter.probabilities > torch.tensor(handle.thresholds[s])[:, None, None]
+        assert (handle.masks[name] == mask.numpy()).all()
+        tp, fp, fn = binary_counts(mask, masks[0], ignore).double().T
+        table = handle.scores[handle.scores.segmenter == name]
+        assert np.allclose(table.iou, tp / (tp + fp + fn))
+        for k, t in enumerate(handle.thresholds[s]):  # what the page reads from the curve
+            assert abs(handle.curves[s][k]["iou"][round(100 * t)] - (tp / (tp + fp + fn))[k]) < 1e-4
+
+
+def test_the_page_gets_probabilities_truth_and_novelty(scene, segmenters):
+    images, masks, _ = scene
+    handle = inspect(images[0], segmenters, masks[0])
+    data = handle._planes["0"].data
+    assert data.shape == (2 + 4 + 4 + 4 + 4 + 2, 48, 64)
+    assert np.abs(data[2:6] / 255 - segmenters["a"].probabilities.numpy()).max() <= 0.5 / 255 + 1e-6
+    assert (data[10:14] == masks[0].numpy() * 255).all() and not data[14:18].any()
+    assert handle.has_novelty and data[18:].min() == 0 and data[18:].max() == 255
+
+
+def test_why_a_pixel(scene, bank, segmenters):
+    images, masks, maps = scene
+    handle = inspect(images[0], {"bank": bank}, masks[0], bank_images={"b_01": images[1]})
+    table = handle.ask(12, 20)
+    kind = maps[0][1, 2]
+    assert table.loc[table.predicted, "class"].tolist() == [CLASSES[kind]] == table.loc[table.truth, "class"].tolist()
+    assert len(handle.near) == 5 and all(n["labels"] == CLASSES[kind] for n in handle.near)
+    handle.pixel = None
+    assert handle.why == [] and handle.near == []
+    from_page(handle, pixel={"y": 99, "x": 0})
+    assert "99" in handle.error and handle.pixel is None
+    assert inspect(images[0], segmenters["a"], masks[0]).ask(1, 1) is not None  # no bank, no neighbours
+
+
+def test_inspect_says_what_does_not_fit(scene, segmenters):
+    images, masks, _ = scene
+    with pytest.raises(AoiError, match="truth"):
+        inspect(images[0], segmenters["a"]).scores  # noqa: B018
+    with pytest.raises(AoiError, match="truth has 2 layers"):
+        inspect(images[0], segmenters["a"], masks[0][:2])
+    handle = inspect(images[0], segmenters["a"])
+    with pytest.raises(AoiError, match="numbers from 0"):
+        handle.thresholds = [[0.5]]
+    with pytest.raises(AoiError, match="wedge"):
+        handle.set_threshold("tape", 0.5)
+    handle._handle_custom_msg({"kind": "apply"}, [])
+    assert handle.error == ""
+
+
+def test_thresholds_are_applied_only_when_asked(scene, segmenters):
+    handle = inspect(scene[0][0], segmenters, thresholds={"a": [0.1, 0.2, 0.3, 0.4]})
+    assert segmenters["a"].thresholds.tolist() == [0.5] * 4
+    handle.apply()
+    assert np.allclose(segmenters["a"].thresholds.tolist(), [0.1, 0.2, 0.3, 0.4])
+
+
+def test_inspect_and_its_twin_draw_the_same(scene, segmenters):
+    images, masks, _ = scene
+    for overlay in ("mask", "errors", "probability", "novelty", "none"):
+        handle = inspect(images[0], segmenters, masks[0], overlay=overlay, shown=["wire", "ball"])
+        twin = show.inspect(images[0], segmenters, masks[0], overlay=overlay, shown=["wire", "ball"])
+        assert handle.picture().alt == twin.alt
+        assert handle.picture()._repr_png_() == twin._repr_png_()
+
+
+def test_curves_of_a_hand_computed_case():
+    p = torch.tensor([[[0.2, 0.4, 0.6, 0.8]]])
+    found = threshold_curves(p, torch.tensor([[[False, True, True, True]]]), torch.tensor([[[False, False, False, True]]]))[0]
+    assert found["iou"][10] == round(2 / 3, 4) and found["iou"][30] == 1 and found["iou"][50] == 0.5 and found["recall"][70] == 0

@@ -39,15 +39,15 @@ const ICONS = {
   star: "M10 3l2.200 4.600 5 .7-3.600 3.500.9 5L10 14.400l-4.500 2.400.9-5L2.800 8.300l5-.7z",
 };
 
-export function icon(name) {
-  const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("viewBox", "0 0 20 20");
-  svg.setAttribute("aria-hidden", "true");
-  const path = document.createElementNS(SVG, "path");
-  path.setAttribute("d", ICONS[name]);
-  svg.append(path);
-  return svg;
+/** An element of a drawing. */
+export function draw(tag, attributes = {}, ...children) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
 }
+
+export const icon = (name) => draw("svg", { viewBox: "0 0 20 20", "aria-hidden": "true" }, draw("path", { d: ICONS[name] }));
 
 /** A button with an icon, a text, or both; the title is also its name for those who cannot see it. */
 export function button(title, onclick, { glyph, text, ...more } = {}) {
@@ -106,6 +106,14 @@ export function toggle(model, name, text, title = text) {
   return b;
 }
 
+/** Which light lies under everything, and whether it is brightened. */
+export function lightChoices(model) {
+  const light = model.get("sources")[0].names.map((text, value) => ({ text, value }));
+  if (light.length > 1) light.push({ text: "Mean", value: "mean" }, { text: "Colour", value: "colour", title: "All lights in false colour" });
+  return [choice(model, "light", "Light", light, { list: light.length > 5 }),
+    toggle(model, "stretch", "Stretch", "Brighten: the middle 99 % of the grey values from black to white")];
+}
+
 /** The frame of a widget: toolbar, error area, body, and a foot with a status line and the keys. */
 export function frame(model, el, { label, keys = [] }) {
   const bar = make("div", { class: "aoi-bar", role: "toolbar", "aria-label": `${label}: settings` });
@@ -126,15 +134,8 @@ export function frame(model, el, { label, keys = [] }) {
     words.textContent = model.get("error");
     error.hidden = !words.textContent;
   });
-  hideTwin(model);
   el.append(root);
   return { root, bar, body, status, legend, error, fail: (e) => { words.textContent = `In the page: ${e.message ?? e}`; error.hidden = false; console.error(e); } };
-}
-
-/** A saved notebook has a static picture beside the widget; while the widget lives, the picture is in the way. */
-function hideTwin(model) {
-  const rule = make("style", {}, `.aoi-twin-${model.get("twin_id")} { display: none !important }`);
-  document.head.append(rule);
 }
 
 // Pixels
@@ -285,25 +286,41 @@ function colourLights(source, part, { light, stretch }, left, top, width, height
   return canvas;
 }
 
-/** Class planes on one part as a transparent picture: filled and outlined, as in show.overlay. */
-export function masksOn(part, on, colours, { alpha = 0.3, outline = 1 } = {}) {
-  const { width, height } = part, canvas = new OffscreenCanvas(width, height), context = canvas.getContext("2d");
+/** Where a plane is above a value, as ones and zeros. */
+export function above(plane, value) {
+  const out = new Uint8Array(plane.length);
+  for (let i = 0; i < plane.length; i++) out[i] = plane[i] > value ? 1 : 0;
+  return out;
+}
+
+/** Masks of ones and zeros (or null) as a transparent picture: filled and outlined, as in show.overlay. */
+export function masksOn({ width, height }, masks, colours, { alpha = 0.3 } = {}) {
+  const canvas = new OffscreenCanvas(width, height), context = canvas.getContext("2d");
   const image = context.createImageData(width, height), out = image.data;
-  on.forEach((at, k) => {
-    if (!at) return;
+  masks.forEach((on, k) => {
+    if (!on) return;
     const [r, g, b] = colours[k];
     for (let y = 0, i = 0; y < height; y++) for (let x = 0; x < width; x++, i++) {
-      if (!at(i)) continue;
-      const edge = outline && (x === 0 || y === 0 || x === width - 1 || y === height - 1 || !at(i - 1) || !at(i + 1) || !at(i - width) || !at(i + width));
-      const j = 4 * i, a = edge ? outline : alpha, before = out[j + 3] / 255, after = a + before * (1 - a);
-      out[j] = (r * a + out[j] * before * (1 - a)) / after;
-      out[j + 1] = (g * a + out[j + 1] * before * (1 - a)) / after;
-      out[j + 2] = (b * a + out[j + 2] * before * (1 - a)) / after;
+      if (!on[i]) continue;
+      const edge = (x > 0 && !on[i - 1]) || (x < width - 1 && !on[i + 1]) || (y > 0 && !on[i - width]) || (y < height - 1 && !on[i + width]);
+      const j = 4 * i, a = edge ? 1 : alpha, before = out[j + 3] / 255 * (1 - a), after = a + before;
+      out[j] = (r * a + out[j] * before) / after;
+      out[j + 1] = (g * a + out[j + 1] * before) / after;
+      out[j + 2] = (b * a + out[j + 2] * before) / after;
       out[j + 3] = after * 255;
     }
   });
   context.putImageData(image, 0, 0);
   return canvas;
+}
+
+/** Draw what `make` makes of each part, made anew only when the key changes. */
+export function drawParts(context, parts, slot, key, make) {
+  for (const part of parts) {
+    part.slots ??= {};
+    if (part.slots[slot]?.key !== key) part.slots[slot] = { key, canvas: make(part) };
+    context.drawImage(part.slots[slot].canvas, part.x, part.y, part.width * part.side, part.height * part.side);
+  }
 }
 
 /** A grid of colours, one a patch, as a small canvas to be drawn large; `colour(i, out, at)` writes four bytes. */
@@ -514,4 +531,92 @@ export function colourBar(table, [low, high], label) {
 }
 
 export const table256 = (model, name) => bytesOf(model.get("scales_rgb")[name]);
+
+/** Patches of a bank as buttons with pictures: a click shows the patch in its image. */
+export class NearList {
+  constructor(model) {
+    this.model = model;
+    this.root = make("div", { class: "aoi-near" });
+    for (const name of ["near", "thumbs", "bank_note"]) model.on(`change:${name}`, () => this.show());
+    model.on("change:place", () => this.press());
+    this.show();
+  }
+
+  show() {
+    const near = this.model.get("near"), thumbs = this.model.get("thumbs");
+    if (near.length !== thumbs.length) return;
+    this.close();
+    this.urls = thumbs.map((bytes) => URL.createObjectURL(new Blob([bytesOf(bytes)], { type: "image/png" })));
+    this.root.replaceChildren(...near.map((n, i) => this.one(n, i)));
+    if (!near.length) this.root.append(make("p", { class: "aoi-note" }, this.model.get("bank_note")));
+    this.press();
+  }
+
+  one(n, i) {
+    const similarity = n.similarity.toFixed(3), classes = n.labels || "no class", weight = n.weight == null ? "" : `, weight ${n.weight.toFixed(2)}`;
+    return make("button", {
+      type: "button", title: `${n.stem}, ${n.device}: row ${n.row}, column ${n.column}; similarity ${similarity}${weight}; ${classes}. Click to see it in its place.`,
+      onclick: () => this.model.send({ kind: "place", key: n.key }),
+    }, make("img", { src: this.urls[i], alt: `bank patch ${i + 1}: ${classes}` }), make("b", {}, similarity), make("span", {}, n.stem), make("span", {}, n.device));
+  }
+
+  press() {
+    const key = this.model.get("place")?.key;
+    [...this.root.querySelectorAll("button")].forEach((b, i) => b.setAttribute("aria-pressed", String(this.model.get("near")[i].key === key)));
+  }
+
+  close() { this.urls?.forEach((url) => URL.revokeObjectURL(url)); }
+}
+
+/** The image of a bank with one of its patches in its place. */
+export class PlaceView {
+  constructor(model, look) {
+    Object.assign(this, { model, look });
+    this.root = make("div", { hidden: true });
+    watchTraits(model, "place", () => this.show());
+  }
+
+  show() {
+    const place = this.model.get("place");
+    if (!place?.stem) { this.close(); this.root.hidden = true; this.onChange?.(); return; }
+    if (!this.source) this.open();
+    this.root.hidden = false;
+    this.title.textContent = this.title.title = `Bank: ${place.stem}`;
+    this.aim();
+    this.onChange?.();
+  }
+
+  open() {
+    const colours = this.model.get("class_colours");
+    this.title = make("span", {});
+    this.source = new Source(this.model, 0, () => { this.viewer.resize(); this.aim(); }, "place_");
+    this.viewer = new Viewer({
+      label: "bank image with the neighbour in its place", source: this.source, look: this.look,
+      paint: (context, { parts, pixel }) => {
+        const lights = this.source.meta.lights, place = this.model.get("place");
+        drawParts(context, parts, "masks", "", (part) => masksOn(part, part.planes.slice(lights).map((p) => above(p, 127)), colours));
+        if (place?.stem) markBox(context, place.x, place.y, place.side, pixel, { line: 3 });
+      },
+    });
+    this.viewer.most = 340;
+    const legend = make("div", { class: "aoi-legend" }, this.model.get("classes").map((name, k) => swatch(name, colours[k])));
+    const close = button("Close the bank image", () => put(this.model, { place: null }), { glyph: "close" });
+    this.root.append(make("figure", { class: "aoi-figure" }, make("figcaption", {}, this.title, close), this.viewer.root, legend));
+  }
+
+  aim() {
+    const place = this.model.get("place");
+    if (!place?.stem || !this.source.meta) return;
+    const { width, height } = this.source, half = place.side / 2;
+    this.viewer.setView({ zoom: Math.max(1, Math.min(width, height) / (place.side * 14)), x: place.x + half, y: place.y + half });
+  }
+
+  close() {
+    this.viewer?.close();
+    this.source?.close();
+    this.source = this.viewer = null;
+    this.root.replaceChildren();
+  }
+}
+
 export { bytesOf };

@@ -1,5 +1,5 @@
 // explore: hold patches, see what is similar to them in this image, in others and in the bank.
-import { Source, Viewer, button, bytesOf, choice, colourBar, cutOut, frame, gridCanvas, make, markBox, masksOn, put, slider, swatch, table256, toggle, watchTraits } from "./base.js";
+import { NearList, PlaceView, Source, Viewer, button, bytesOf, choice, colourBar, cutOut, frame, gridCanvas, lightChoices, make, markBox, put, slider, table256, toggle } from "./base.js";
 
 const KEYS = [
   ["Click, Enter", "hold the patch"], ["Shift + click", "add one: the mean of all held"], ["Alt + click", "subtract one"],
@@ -72,9 +72,7 @@ class Explorer {
 
   toolbar() {
     const { model, page } = this, parts = [];
-    const light = this.get("sources")[0].names.map((text, value) => ({ text, value }));
-    if (light.length > 1) light.push({ text: "Mean", value: "mean" }, { text: "Colour", value: "colour", title: "All lights in false colour" });
-    parts.push(choice(model, "light", "Light", light, { list: light.length > 5 }), toggle(model, "stretch", "Stretch", "Brighten: the middle 99 % of the grey values from black to white"));
+    parts.push(...lightChoices(model));
     parts.push(choice(model, "overlay", "Show", [
       { text: "Similarity", value: "similarity" }, { text: "PCA", value: "pca", title: "The first three principal components of the embeddings as red, green and blue" }, { text: "Image", value: "none" }]));
     parts.push(slider(model, "opacity", "Opacity"));
@@ -107,31 +105,29 @@ class Explorer {
     const [first, ...others] = this.views, { body } = this.page;
     first.root.classList.add("aoi-main");
     body.append(first.root);
-    this.more = make("div", { class: "aoi-more" }, others.map((v) => v.root));
-    this.more.hidden = !others.length;
+    this.place = new PlaceView(this.model, () => ({ light: this.get("light"), stretch: this.get("stretch") }));
+    this.more = make("div", { class: "aoi-more" }, this.place.root, others.map((v) => v.root));
+    this.place.onChange = () => (this.more.hidden = !others.length && this.place.root.hidden);
+    this.place.onChange();
     this.patches = make("div", { class: "aoi-patches" });
     this.chips = make("div", { class: "aoi-chips" });
-    this.near = make("div", { class: "aoi-near" });
-    this.nearHead = make("div", {}, make("div", { class: "aoi-head" }, make("span", {}, "Nearest in the bank")));
+    this.near = this.get("has_bank") ? new NearList(this.model) : null;
     this.clear = button("Let go of all held patches", () => put(this.model, { held: [] }), { glyph: "close" });
     this.side = make("div", { class: "aoi-side" },
       make("div", {}, make("div", { class: "aoi-head" }, this.patchName = make("span", {}, "Patch")), this.patches),
       make("div", {}, make("div", { class: "aoi-head" }, make("span", {}, "Held"), this.clear), this.chips),
-      this.get("has_bank") ? make("div", {}, this.nearHead, this.near) : null);
+      this.near && make("div", {}, make("div", { class: "aoi-head" }, make("span", {}, "Nearest in the bank")), this.near.root));
     body.append(this.more, this.side);
   }
 
   watch() {
     const { model } = this, redraw = () => this.views.forEach((v) => v.viewer.draw());
     for (const name of ["light", "stretch", "opacity", "threshold", "colours", "overlay", "limits"]) model.on(`change:${name}`, () => { redraw(); this.legend(); });
-    for (const name of ["light", "stretch"]) model.on(`change:${name}`, () => { this.showPatches(); this.showHeld(); });
+    for (const name of ["light", "stretch"]) model.on(`change:${name}`, () => { this.showPatches(); this.showHeld(); this.place.viewer?.draw(); });
     model.on("change:packed_scales", () => { this.grids.load(); this.pca = null; this.update(); });
     model.on("change:pca", () => { this.pca = null; redraw(); });
     model.on("change:held", () => this.update());
     model.on("change:view", () => { const v = this.get("view"); this.views[0].viewer.setView(v, { tell: false }); });
-    watchTraits(model, ["bank_note"], () => this.showNear());
-    watchTraits(model, ["near", "thumbs"], () => this.showNear());
-    watchTraits(model, "place", () => this.showPlace());
     this.update();
   }
 
@@ -273,53 +269,10 @@ class Explorer {
     }));
   }
 
-  showNear() {
-    const near = this.get("near"), thumbs = this.get("thumbs"), place = this.get("place");
-    this.near.setAttribute("aria-busy", "false");
-    if (near.length !== thumbs.length) return;
-    this.urls?.forEach((url) => URL.revokeObjectURL(url));
-    this.urls = thumbs.map((bytes) => URL.createObjectURL(new Blob([bytesOf(bytes)], { type: "image/png" })));
-    if (!near.length) { this.near.replaceChildren(); this.near.append(make("p", { class: "aoi-note", style: "grid-column: 1 / -1" }, this.get("bank_note") || "Hold a patch.")); return; }
-    this.near.replaceChildren(...near.map((n, i) => make("button", {
-      type: "button", title: `${n.stem}, ${n.device}: row ${n.row}, column ${n.column}, similarity ${n.similarity.toFixed(3)}. ${n.labels || "no class"}. Click to see it in its place.`,
-      "aria-pressed": String(place?.key === n.key), onclick: () => this.model.send({ kind: "place", key: n.key }),
-    }, make("img", { src: this.urls[i], alt: `bank patch ${i + 1}: ${n.labels || "no class"}` }), make("b", {}, n.similarity.toFixed(3)), make("span", {}, n.stem), make("span", {}, n.device))));
-  }
-
-  showPlace() {
-    const place = this.get("place")?.stem ? this.get("place") : null;
-    [...this.near.querySelectorAll("button")].forEach((b, i) => b.setAttribute("aria-pressed", String(this.get("near")[i]?.key === place?.key)));
-    if (!place) { this.placed?.root.remove(); this.placed?.source.close(); this.placed?.viewer.close(); this.placed = null; this.more.hidden = this.views.length < 2; return; }
-    if (!this.placed) {
-      const title = make("span", {}), legend = make("div", { class: "aoi-legend" });
-      const source = new Source(this.model, 0, () => { viewer.resize(); show(); }, "place_");
-      const show = () => { const p = this.get("place"); if (p?.stem && source.meta) viewer.setView({ zoom: Math.max(1, Math.min(source.width, source.height) / (p.side * 14)), x: p.x + p.side / 2, y: p.y + p.side / 2 }); };
-      const colours = this.get("class_colours");
-      const viewer = new Viewer({
-        label: "bank image with the neighbour in its place", source, look: () => ({ light: this.get("light"), stretch: this.get("stretch") }),
-        paint: (context, view) => {
-          for (const part of view.parts) {
-            const planes = part.planes.slice(source.meta.lights);
-            part.masks ??= masksOn(part, planes.map((plane) => (i) => plane[i] > 127), colours);
-            context.drawImage(part.masks, part.x, part.y, part.width * part.side, part.height * part.side);
-          }
-          const p = this.get("place");
-          if (p?.stem) markBox(context, p.x, p.y, p.side, view.pixel, { colour: "#D55E00", line: 3 });
-        },
-      });
-      viewer.most = 340;
-      legend.append(...this.get("classes").map((name, k) => swatch(name, colours[k])));
-      const close = button("Close the bank image", () => put(this.model, { place: null }), { glyph: "close" });
-      this.placed = { source, viewer, title, show, root: make("figure", { class: "aoi-figure" }, make("figcaption", {}, title, close), viewer.root, legend) };
-      this.more.prepend(this.placed.root);
-    } else this.placed.show();
-    this.more.hidden = false;
-    this.placed.title.textContent = this.placed.title.title = `Bank: ${place.stem}`;
-  }
-
   close() {
-    this.views.concat(this.placed ?? []).forEach((v) => { v.viewer.close(); v.source.close(); });
-    this.urls?.forEach((url) => URL.revokeObjectURL(url));
+    this.views.forEach((v) => { v.viewer.close(); v.source.close(); });
+    this.place.close();
+    this.near?.close();
   }
 }
 
