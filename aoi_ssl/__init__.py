@@ -23,6 +23,7 @@ _PUBLIC = {  # name: the module that defines it
     "scores": "metrics",
     "explore": "explore",
     "inspect": "inspect",
+    "teach": "teach",
     "demo": "demo",
     "Encoder": "encoder",
     "MemoryBank": "retrieval",

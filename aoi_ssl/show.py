@@ -7,7 +7,7 @@ __all__ = ['PALETTE', 'ERROR_COLOURS', 'SPACES', 'class_colour', 'Picture', 'fal
            'errors', 'similarity_map', 'similarity', 'neighbours', 'reconstruction', 'curves', 'score_chart',
            'layer_encoder', 'encoder_layers', 'whitening', 'feature_grids', 'to_space', 'as_held', 'held_query',
            'pca_colours', 'plain_keys', 'bank_neighbours', 'neighbours_of_held', 'image_of', 'thumbnail', 'explore',
-           'explored', 'inspect', 'name_segmenters', 'novelty_of', 'inspected']
+           'explored', 'inspect', 'name_segmenters', 'novelty_of', 'inspected', 'teach', 'taught']
 
 # %% ../nbs/api/17_show.ipynb #e5a19f04
 import colorsys
@@ -797,7 +797,7 @@ def score_chart(
     figure.alt = f"{metric} for each {by}: {'; '.join(words)}."
     return figure
 
-# %% ../nbs/api/17_show.ipynb #94b17cd2
+# %% ../nbs/api/17_show.ipynb #94150269
 def layer_encoder(
     encoder: object,  # an Encoder
     layer: int | None,  # block whose output is wanted, 1 is the first; None: what the encoder itself gives
@@ -820,7 +820,7 @@ def encoder_layers(
     vit = getattr(encoder, "vit", None)
     return [None, *range(1, vit.config.num_hidden_layers + 1)] if vit is not None else [None]
 
-# %% ../nbs/api/17_show.ipynb #e65890a5
+# %% ../nbs/api/17_show.ipynb #3bd60edf
 def whitening(
     embeddings: Tensor,  # (n, D) embeddings to learn the directions from
     *,
@@ -834,7 +834,7 @@ def whitening(
     spread, axes = spread[-keep:].clamp(min=0), axes[:, -keep:]
     return mean, axes / (spread + 1e-3 * spread[-1].clamp(min=1e-12)).sqrt()
 
-# %% ../nbs/api/17_show.ipynb #39da5e52
+# %% ../nbs/api/17_show.ipynb #354be45d
 SPACES = ("plain", "whitened")  # how embeddings are compared
 
 
@@ -868,7 +868,7 @@ def to_space(
     mean, matrix = white = whitening(learn)
     return [functional.normalize((g - mean) @ matrix, dim=-1) for g in grids], white
 
-# %% ../nbs/api/17_show.ipynb #9ee53704
+# %% ../nbs/api/17_show.ipynb #f57c8c33
 def as_held(
     held: Sequence,  # pixels (y, x) of the first image; or dicts with image, row, column, minus
     grids: Sequence[tuple[int, int]],  # rows and columns of each image's patches
@@ -902,7 +902,7 @@ def held_query(
         query = query + (-1 if minus else 1) * (torch.stack(some).mean(0) if some else 0)
     return functional.normalize(query, dim=-1)
 
-# %% ../nbs/api/17_show.ipynb #2b34cc8c
+# %% ../nbs/api/17_show.ipynb #d28ab9bb
 def pca_colours(
     grids: Sequence[Tensor],  # (h, w, d) each
 ) -> list[np.ndarray]:  # (h, w, 3) uint8 each
@@ -917,7 +917,7 @@ def pca_colours(
     ends = np.cumsum([g.shape[0] * g.shape[1] for g in grids])[:-1]
     return [c.reshape(*g.shape[:2], 3) for c, g in zip(np.split(colours, ends), grids, strict=True)]
 
-# %% ../nbs/api/17_show.ipynb #c1f80fce
+# %% ../nbs/api/17_show.ipynb #05457eaf
 def plain_keys(
     bank: object,  # a MemoryBank, or None
     encoder: object,  # an Encoder
@@ -965,7 +965,7 @@ def neighbours_of_held(
     y, x = (min(one[n] * p + p // 2, s - 1) for n, s in zip(("row", "column"), images[one["image"]].shape[1:], strict=True))
     return bank.neighbours(torch.as_tensor(images[one["image"]]), y, x, k=k)
 
-# %% ../nbs/api/17_show.ipynb #f268de7f
+# %% ../nbs/api/17_show.ipynb #428946ea
 def image_of(
     images: object,  # a dataset with a column "stem", a mapping stem -> (C, H, W) in [0, 1], or None
     stem: str,  # which
@@ -1001,7 +1001,7 @@ def thumbnail(
     painted = _paint(ground, _pool_counts(mask, size, size) > 0, alpha=alpha)
     return (painted * 255).round().astype(np.uint8)
 
-# %% ../nbs/api/17_show.ipynb #b0557b4a
+# %% ../nbs/api/17_show.ipynb #2d0f8908
 def explore(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     encoder: object,  # an Encoder
@@ -1034,7 +1034,7 @@ def explore(
     look |= {"light": light, "stretch": stretch, "width": width}
     return explored(images, grids, held, encoder.patch_size, bank=bank, table=table, bank_images=bank_images, **look)
 
-# %% ../nbs/api/17_show.ipynb #ec9ebd25
+# %% ../nbs/api/17_show.ipynb #0e4e7063
 def explored(
     images: Sequence[np.ndarray],  # (C, H, W) in [0, 1]
     grids: Sequence[Tensor],  # from `feature_grids`
@@ -1078,7 +1078,7 @@ def explored(
         _neighbour_strip(figure, table, bank, bank_images, light, bottom=_EDGE + 36 * shown)
     return figure
 
-# %% ../nbs/api/17_show.ipynb #c3ba05e6
+# %% ../nbs/api/17_show.ipynb #ade0d430
 def _explored_panels(count: int, overlay: str, shown: bool) -> list[tuple[int, bool]]:
     "Which image each panel shows, and whether without colours: the first image twice, if there are any."
     return [(0, True)] * (shown or overlay == "pca") + [(i, False) for i in range(count)]
@@ -1132,7 +1132,7 @@ def _neighbour_strip(figure: Figure, table: pd.DataFrame, bank: object, images: 
         for n, line in enumerate(lines):
             _text(figure, x, bottom + 36 - 13 * n, line, size=8, va="center_baseline")
 
-# %% ../nbs/api/17_show.ipynb #3b2b5ef8
+# %% ../nbs/api/17_show.ipynb #388a83e2
 def inspect(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
@@ -1170,7 +1170,7 @@ def name_segmenters(
         )
     return named
 
-# %% ../nbs/api/17_show.ipynb #a1a57b3a
+# %% ../nbs/api/17_show.ipynb #0f184a82
 def novelty_of(
     segmenter: object,  # a Segmenter; one that knows novelty has `novelty(image)`
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
@@ -1183,7 +1183,7 @@ def novelty_of(
         raise AoiError(f"novelty gave {tuple(found.shape)}; (height, width), of pixels or of patches, was expected.")
     return functional.interpolate(found[None, None], image.shape[-2:], mode="nearest-exact")[0, 0].cpu().numpy()
 
-# %% ../nbs/api/17_show.ipynb #7c253e18
+# %% ../nbs/api/17_show.ipynb #23f58c2c
 def inspected(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     probabilities: Mapping[str, np.ndarray],  # name -> (K, H, W)
@@ -1234,4 +1234,50 @@ def _heat_maps(image, maps: Mapping[str, np.ndarray], what: str, *, alpha: float
     for panel, values in zip(axes, maps.values(), strict=True):
         ground = _background(image, light, size, stretch=stretch)
         _put(panel, _heat(ground, values, 1, image.shape[1:], limits=tuple(ends), threshold=None, alpha=alpha, colours=colours))
+    return figure
+
+# %% ../nbs/api/17_show.ipynb #8c9beb35
+def teach(
+    images: Sequence[Tensor | np.ndarray],  # (C, H, W) in [0, 1] each
+    bank: object,  # a MemoryBank, or any Segmenter
+    *,
+    labels: Sequence[tuple[np.ndarray, np.ndarray]] = (),  # of the first images: mask (K, H, W) bool, known (H, W) bool
+    light: int | str = 0,  # what lies under: a light's index, "mean" or "colour"
+    stretch: bool = False,  # brighten a dark image
+    opacity: float = 0.35,  # strength of the colours, 0 to 1
+    width: float = 9.0,  # inches
+) -> Picture:  # the figure
+    "What the widget `teach` shows of a bank and a few images. Raises `AoiError` for what does not fit."
+    items, cuts = [], bank.thresholds[:, None, None].cpu()
+    for i, image in enumerate(map(_image, images)):
+        nothing = np.zeros((len(bank.classes), *image.shape[1:]), bool), np.zeros(image.shape[1:], bool)
+        mask, known = labels[i] if i < len(labels) else nothing
+        predicted = (predict_image(bank, torch.as_tensor(image)) > cuts).numpy()
+        items.append((f"image {i}", image, mask, known, predicted))
+    return taught(items, bank.classes, light=light, stretch=stretch, opacity=opacity, width=width)
+
+
+def taught(
+    items: Sequence[tuple],  # name, image (C, H, W), labels (K, H, W), known (H, W) and predicted mask (K, H, W) of each image
+    classes: Sequence[str],  # K names
+    *,
+    light: int | str = 0,  # as for `teach`
+    stretch: bool = False,  # as for `teach`
+    opacity: float = 0.35,  # as for `teach`
+    width: float = 9.0,  # inches
+) -> Picture:  # the figure
+    "Labels and predictions, the labels only of the images that have some."
+    panels = []
+    for name, image, mask, known, predicted in items:
+        if known.any():
+            panels.append((f"{name}: labels on {known.mean():.1%} of the pixels", image, mask, ~known))
+        panels.append((f"{name}: predicted", image, predicted, None))
+    shape, legend = items[0][1].shape[1:], _class_legend(list(classes), np.zeros(0, bool), False)
+    words = "; ".join(f"{head}: {', '.join(c for c, m in zip(classes, mask, strict=True) if m.any()) or 'nothing'}" for head, _, mask, _ in panels)
+    figure, axes, size = _sheet([p[0] for p in panels], 3, shape, width=width, legend=legend, alt=words + ".")
+    for panel, (_, image, mask, unknown) in zip(axes, panels, strict=True):
+        ground = _background(image, light, _contain(image.shape[1:], size), stretch=stretch)
+        if unknown is not None:
+            ground = np.where((_pool_counts(~unknown[None], *ground.shape[:2]) > 0)[0][..., None], ground, ground * 0.55)
+        _put(panel, _letterbox(_paint(ground, _pool_counts(mask, *ground.shape[:2]) > 0, alpha=opacity), size))
     return figure

@@ -7,8 +7,9 @@ __all__ = ['TILE', 'OVERVIEW', 'SCALES', 'page_module', 'page_style', 'shrink', 
            'TraitValueError', 'wrong_trait', 'Handle', 'shown_in', 'scale_tables', 'mime_bundle', 'BankPictures',
            'bank_mask', 'BankTraits']
 
-# %% ../nbs/api/18_widgets.ipynb #d1a0c6cc
+# %% ../nbs/api/18_widgets.ipynb #40ed26fb
 import re
+import threading
 import traceback
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from .core import AoiError
 from .retrieval import patch_masks
 from .show import Picture, _image, class_colour, false_colour, image_of, thumbnail
 
-# %% ../nbs/api/18_widgets.ipynb #56b67cfb
+# %% ../nbs/api/18_widgets.ipynb #ee60a81a
 def page_module(
     name: str,  # of a file in aoi_ssl/static, without .js
 ) -> str:  # one ES module
@@ -46,7 +47,7 @@ def page_style() -> str:  # CSS
     "The look of all widgets: it follows the theme of JupyterLab, VS Code or the system."
     return (resources.files("aoi_ssl") / "static" / "widgets.css").read_text(encoding="utf-8")
 
-# %% ../nbs/api/18_widgets.ipynb #36517a4f
+# %% ../nbs/api/18_widgets.ipynb #f3242c08
 TILE, OVERVIEW = 512, 1024  # side of a tile, and the most that the larger side of an overview has, pixels
 
 
@@ -62,7 +63,7 @@ def shrink(
     most = functional.max_pool2d(planes[None, lights:], times, ceil_mode=True)[0] if lights < len(planes) else mean[:0]
     return torch.cat([mean, most])
 
-# %% ../nbs/api/18_widgets.ipynb #6c6b5c08
+# %% ../nbs/api/18_widgets.ipynb #f8982b50
 def encode_planes(
     planes: np.ndarray,  # (C, h, w) uint8
 ) -> list[bytes]:  # ceil(C / 3) PNG files
@@ -76,7 +77,7 @@ def encode_planes(
         files.append(buffer.getvalue())
     return files
 
-# %% ../nbs/api/18_widgets.ipynb #1912fb07
+# %% ../nbs/api/18_widgets.ipynb #9749de9e
 class Planes:
     "One picture for the page: its lights, then planes of masks or probabilities, cut into tiles on demand."
 
@@ -112,22 +113,22 @@ class Planes:
                 "planes": len(self.data), "lights": self.lights, "level": self.level, "stamp": self.stamp,
                 "black": self.black, "white": self.white, "colours": colours.tolist()}
 
-    def overview(self) -> list[bytes]:
-        "The whole picture, small enough for a screen, as PNG files."
-        return self._part(self.level, 0, 0, 2**20)
+    def overview(self, start: int = 0) -> list[bytes]:
+        "The whole picture, or its planes from a number on, small enough for a screen, as PNG files."
+        return self._part(self.level, 0, 0, 2**20, start)
 
     def tile(self, level: int, row: int, column: int) -> list[bytes]:
         "A tile at a scale of 1 / 2**level, as PNG files."
         return self._part(level, row, column, TILE)
 
-    def _part(self, level: int, row: int, column: int, side: int) -> list[bytes]:
+    def _part(self, level: int, row: int, column: int, side: int, start: int = 0) -> list[bytes]:
         step = side * 2**level
-        part = self.data[:, row * step:(row + 1) * step, column * step:(column + 1) * step]
+        part = self.data[start:, row * step:(row + 1) * step, column * step:(column + 1) * step]
         if level:
-            part = shrink(torch.from_numpy(part).float(), 2**level, self.lights).round().byte().numpy()
+            part = shrink(torch.from_numpy(part).float(), 2**level, max(0, self.lights - start)).round().byte().numpy()
         return encode_planes(part)
 
-# %% ../nbs/api/18_widgets.ipynb #30da73c9
+# %% ../nbs/api/18_widgets.ipynb #5ceb0e39
 def as_picture(
     value: object,  # (C, H, W) in [0, 1]; or a row of a dataset
     name: str,  # what it is called if it brings no name
@@ -139,7 +140,7 @@ def as_picture(
         return str(value.get("stem", name)), _image(value["image"], name)
     return name, _image(value, name)
 
-# %% ../nbs/api/18_widgets.ipynb #ef57dd4f
+# %% ../nbs/api/18_widgets.ipynb #91769f2e
 class TraitValueError(AoiError, traitlets.TraitError):
     "A value that a trait does not take: the old one stays, also where several are set at once."
 
@@ -152,7 +153,7 @@ def wrong_trait() -> Iterator[None]:  # use it in a `with` statement, in a valid
     except AoiError as e:
         raise TraitValueError(str(e)) from None
 
-# %% ../nbs/api/18_widgets.ipynb #354626a5
+# %% ../nbs/api/18_widgets.ipynb #04ff952d
 SCALES = ("viridis", "cividis", "magma")  # colour scales, all of rising lightness and safe for the colour-blind
 
 
@@ -177,7 +178,7 @@ class Handle(anywidget.AnyWidget):
         classes: Sequence[str] = (),  # class names
         **traits: object,  # of the subclass
     ):
-        self._planes = {str(i): p for i, p in enumerate(pictures)}
+        self._planes, self._lock = {str(i): p for i, p in enumerate(pictures)}, threading.RLock()
         colours = [[round(255 * c) for c in class_colour(k)] for k in range(len(classes))]
         sent = {"sources": [p.meta() for p in pictures], "overviews": [p.overview() for p in pictures]}
         super().__init__(scales_rgb=scale_tables(), classes=list(classes), class_colours=colours, **sent, **traits)
@@ -212,7 +213,7 @@ class Handle(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: object) -> dict:
         return mime_bundle(self)
 
-# %% ../nbs/api/18_widgets.ipynb #2910d547
+# %% ../nbs/api/18_widgets.ipynb #ca87c283
 @contextmanager
 def shown_in(
     handle: Handle,  # whose error area says what happened
@@ -220,7 +221,8 @@ def shown_in(
 ) -> Iterator[None]:  # use it in a `with` statement
     "Show an exception in the widget, where the user is looking."
     try:
-        yield
+        with handle._lock:
+            yield
     except Exception as e:
         known = isinstance(e, AoiError | traitlets.TraitError)
         place = "" if known else f" ({traceback.extract_tb(e.__traceback__)[-1].name})"
@@ -234,7 +236,7 @@ def scale_tables() -> dict[str, bytes]:  # name -> 256 colours of 3 bytes
     steps = np.arange(256)
     return {name: (colormaps[name](steps)[:, :3] * 255).round().astype(np.uint8).tobytes() for name in SCALES}
 
-# %% ../nbs/api/18_widgets.ipynb #2e592988
+# %% ../nbs/api/18_widgets.ipynb #237f9894
 def mime_bundle(
     handle: Handle,  # what is displayed
 ) -> dict:  # kinds of content -> content
@@ -244,7 +246,7 @@ def mime_bundle(
     png = b64encode(figure._repr_png_()).decode()
     return bundle | {"image/png": png, "text/plain": figure.alt}
 
-# %% ../nbs/api/18_widgets.ipynb #31c2b065
+# %% ../nbs/api/18_widgets.ipynb #d41569dc
 class BankPictures:
     "The patches of a bank as pictures."
 
@@ -284,7 +286,7 @@ class BankPictures:
         planes = Planes(image, name=row["stem"], extra=mask.astype(np.uint8) * 255)
         return planes, {n: row[n] for n in ("key", "stem", "y", "x")} | {"side": self.bank.encoder.patch_size}
 
-# %% ../nbs/api/18_widgets.ipynb #bf1ea036
+# %% ../nbs/api/18_widgets.ipynb #186af5ae
 def bank_mask(
     bank: object,  # a MemoryBank
     stem: str,  # of an image in it
@@ -298,7 +300,7 @@ def bank_mask(
         mask[:, p + y:2 * p + y, p + x:2 * p + x] |= m
     return mask[:, p:p + record["height"], p:p + record["width"]]
 
-# %% ../nbs/api/18_widgets.ipynb #f5a3161e
+# %% ../nbs/api/18_widgets.ipynb #6d507a54
 class BankTraits(Handle):
     "Neighbours in a bank, as the page shows them; a click shows one in its place. `pictures` is a `BankPictures` or None."
 

@@ -368,6 +368,128 @@ def test_inspect(bench):
     assert b.ask(until=lambda a: a["own"][3] == 0.5)["error"] == ""
 
 
+# teach
+
+
+TEACH = SETUP + """
+from aoi_ssl.teach import teach
+images = {f"acme_d003_{i:02}": look(3, i)[0] for i in range(3)}
+handle = teach(images, encoder, classes=CLASSES, out="taught")
+handle
+"""
+ASK_TEACH = """
+import json, pathlib
+names = ("index", "tool", "brush", "error", "question", "state")
+print(json.dumps({n: getattr(handle, n) for n in names} | {
+    "labels": handle.labels.sum((1, 2)).tolist(), "known": int(handle.known.sum()), "keys": len(handle.bank.keys),
+    "predicted": (handle.prediction > 0.5).sum((1, 2)).tolist(), "files": sorted(p.name for p in pathlib.Path("taught").glob("*.png"))}))
+"""
+
+
+def bonds(seed: int = 3) -> dict[str, list]:
+    "Centres (y, x) of the parts of each class in the image that is painted."
+    from aoi_ssl.synthetic import CLASSES, render
+    from scipy import ndimage
+
+    mask = render(seed, 0, size=512).mask
+    parts = {name: ndimage.label(m) for name, m in zip(CLASSES, mask, strict=True)}
+    return {n: [(float(y) + 0.5, float(x) + 0.5) for y, x in ndimage.center_of_mass(m > 0, m, range(1, k + 1))] for n, (m, k) in parts.items()}
+
+
+def drag(b, *points: tuple[float, float]) -> None:
+    "Press at the first place (y, x), move over the others, let go."
+    b.page.mouse.move(*b.at(*points[0]))
+    b.page.mouse.down()
+    for p in points[1:]:
+        b.page.mouse.move(*b.at(*p), steps=4)
+    b.page.mouse.up()
+
+
+def test_teach(bench):
+    "Paint a wedge: the trait, the pixels and the prediction change; tools, undo, accept, save, restart."
+    b = bench("teach.ipynb", TEACH, ASK_TEACH, "handle.paint('epoxy', 'circle', [(40, 40), (60, 40)]); None", height=1000)
+    b.run(0)
+    b.widget()
+    assert b.ask()["known"] == 0
+    place, palette = bonds(), b.page.locator(".aoi-palette")
+    palette.get_by_role("button", name="background").click()
+    b.page.get_by_role("slider", name="Width").fill("24")
+    b.page.locator(".aoi-main canvas").scroll_into_view_if_needed()
+    drag(b, (470, 60), (470, 440))
+    drag(b, (40, 60), (40, 440))
+    answer = b.ask(until=lambda a: a["known"] > 15000 and a["keys"])
+    assert answer["predicted"] == [0, 0, 0, 0] and answer["error"] == ""
+    b.page.get_by_role("slider", name="Width").fill("6")
+    palette.get_by_role("button", name="wedge").click()
+    y, x = place["wedge"][0]
+    before = b.colours([(y, x)])
+    drag(b, (y, x - 4), (y, x + 4))
+    answer = b.ask(until=lambda a: a["labels"][2] > 0 and a["predicted"][2])
+    assert 30 < answer["labels"][2] < 120 and answer["predicted"][2] > 0 and answer["error"] == "", "a wedge is predicted"
+    b.page.wait_for_function("() => document.querySelector('.jp-Notebook .aoi').parentElement.aoi.pending.size === 0")
+    b.settle()
+    after = b.colours([(y, x)]).astype(int)
+    assert np.abs(after - before.astype(int)).sum() > 40 and after[0][0] > after[0][2] + 20, "the wedge is yellow"
+    first = answer["predicted"]
+
+    b.page.get_by_role("button", name="Circle").click()  # balls
+    palette.get_by_role("button", name="ball").click()
+    for y, x in place["ball"][:4]:
+        drag(b, (y, x), (y + 6, x))
+    b.page.get_by_role("button", name="Line (L)").click()
+    palette.get_by_role("button", name="wire").click()
+    drag(b, (66, 100), (142, 214))
+    answer = b.ask(until=lambda a: a["labels"][0] and a["labels"][1] and a["predicted"][1])
+    assert answer["predicted"] != first, "what was painted changes the prediction"
+    b.page.mouse.move(5, 5)
+    b.shoot("teach-painted")
+
+    known = answer["known"]
+    b.page.locator(".aoi-main canvas").focus()
+    b.page.keyboard.press("Control+z")
+    b.ask(until=lambda a: a["known"] < known)
+    b.page.locator(".aoi-main canvas").focus()
+    b.page.keyboard.press("Control+Shift+z")
+    b.ask(until=lambda a: a["known"] == known)
+    b.page.get_by_role("button", name="Polygon").click()
+    palette.get_by_role("button", name="epoxy").click()
+    for y, x in [(130, 100), (130, 130), (160, 130), (160, 100)]:
+        b.page.mouse.click(*b.at(y, x))
+    b.page.locator(".aoi-main canvas").focus()
+    b.page.keyboard.press("Enter")
+    assert b.ask(until=lambda a: a["labels"][3])["labels"][3] == 900
+    cells = b.page.locator(".jp-Notebook .jp-CodeCell").count()
+    b.page.locator(".aoi-main canvas").focus()
+    for key in ("e", "b", "f", "2", "]", "ArrowRight", "Enter"):
+        b.page.keyboard.press(key)
+    answer = b.ask(until=lambda a: a["tool"] == "flood" and a["brush"] == "ball")
+    assert b.page.locator(".jp-Notebook .jp-CodeCell").count() == cells, "a key of the widget was taken for one of the notebook"
+    b.run(2)
+    b.page.get_by_role("button", name="Accept").click()
+    b.ask(until=lambda a: a["known"] == 512 * 512)
+    b.shoot("teach-accepted")
+
+    b.page.get_by_role("button", name="Save the masks").click()
+    files = b.ask(until=lambda a: a["files"])["files"]
+    assert "acme_d003_00_wire.png" in files
+    b.page.locator(".aoi-pager").get_by_role("button", name="Next image (N)").click()
+    answer = b.ask(until=lambda a: a["index"] == 1)
+    assert answer["known"] == 0 and sum(answer["predicted"]) > 0
+    b.page.wait_for_function("() => document.querySelector('.jp-Notebook .aoi .aoi-main figcaption').innerText.includes('d003_01')")
+    b.shoot("teach-next")
+
+    b.run(0)  # a new session with the same journal: everything is there again, and what is saved is not replaced unasked
+    b.page.wait_for_timeout(300)
+    b.widget()
+    answer = b.ask(until=lambda a: a["index"] == 0)
+    assert answer["known"] == 512 * 512 and answer["keys"] > 0
+    b.page.get_by_role("button", name="Save the masks").click()
+    b.page.locator(".aoi-question").wait_for()
+    b.shoot("teach-question")
+    b.page.get_by_role("button", name="Save nothing").click()
+    assert b.ask(until=lambda a: not a["question"])["error"] == ""
+
+
 # saved
 
 

@@ -19,10 +19,11 @@ from aoi_ssl.inspect import inspect, threshold_curves
 from aoi_ssl.metrics import binary_counts
 from aoi_ssl.predict import Segmenter
 from aoi_ssl.retrieval import MemoryBank, remember_image
+from aoi_ssl.teach import Labels, stroke_mask, teach
 from aoi_ssl.widgets import bank_mask
 
 CLASSES = ["wire", "ball", "wedge", "epoxy"]
-WIDGETS = ["explore", "inspect"]
+WIDGETS = ["explore", "inspect", "teach"]
 
 
 @pytest.fixture(scope="module")
@@ -308,3 +309,164 @@ def test_curves_of_a_hand_computed_case():
     p = torch.tensor([[[0.2, 0.4, 0.6, 0.8]]])
     found = threshold_curves(p, torch.tensor([[[False, True, True, True]]]), torch.tensor([[[False, False, False, True]]]))[0]
     assert found["iou"][10] == round(2 / 3, 4) and found["iou"][30] == 1 and found["iou"][50] == 0.5 and found["recall"][70] == 0
+
+
+# teach
+
+
+@pytest.fixture
+def pair(scene):
+    return {"one": scene[0][0], "two": scene[0][1]}
+
+
+def test_strokes_cover_what_they_say():
+    image = np.zeros((2, 20, 30), np.float32)
+    assert np.argwhere(stroke_mask(image, "brush", [(4, 4)], size=1)).tolist() == [[4, 4]]
+    line = stroke_mask(image, "line", [(2.5, 10.5), (20.5, 10.5)], size=3)
+    assert line[9:12, 3:20].all() and line.sum(1).nonzero()[0].tolist() == [9, 10, 11]
+    square = stroke_mask(image, "polygon", [(2, 3), (8, 3), (8, 9), (2, 9)])
+    assert np.argwhere(square).min(0).tolist() == [3, 2] and square.sum() == 36
+    image[:, 5:9, 5:9] = 1
+    assert (stroke_mask(image, "flood", [(6, 6)]) == (image[0] > 0)).all()
+    for wrong in (("line", [(1, 1)]), ("polygon", [(1, 1), (2, 2)]), ("spray", [(1, 1)]), ("brush", [(-5, -5)]), ("flood", [(99, 1)])):
+        with pytest.raises(AoiError):
+            stroke_mask(image, *wrong)
+
+
+def test_classes_overlap_unless_replaced_and_background_clears(pair, encoder):
+    handle = teach(pair, encoder, classes=CLASSES, learning=False)
+    square = [(0, 0), (8, 0), (8, 8), (0, 8)]
+    handle.paint("epoxy", "polygon", square).paint("wire", "polygon", square)
+    assert handle.labels[:, 2, 2].tolist() == [True, False, False, True] and handle.known.sum() == 64
+    handle.paint("ball", "polygon", square, only=True)
+    assert handle.labels[:, 2, 2].tolist() == [False, True, False, False]
+    handle.paint("background", "polygon", square)
+    assert not handle.labels[:, 2, 2].any() and handle.known[2, 2]
+    handle.paint(None, "polygon", square)
+    assert not handle.known.any()
+    for _ in range(5):
+        handle.undo()
+    assert not handle.known.any() and not handle.state["undo"] and handle.state["redo"]
+    handle.redo().redo()
+    assert handle.labels[:, 2, 2].tolist() == [True, False, False, True]
+    assert not handle.undo().paint("ball", "polygon", square).state["redo"]  # a new stroke ends what was undone
+
+
+def test_the_bank_learns_only_what_is_labelled(pair, encoder, scene):
+    handle = teach(pair, encoder, classes=CLASSES)
+    assert handle.prediction.max() == 0 and len(handle.bank.keys) == 0
+    row, column = np.argwhere(scene[2][0] == 2)[0]
+    y, x = row * 8, column * 8
+    handle.paint("wedge", "polygon", [(x, y), (x + 8, y), (x + 8, y + 8), (x, y + 8)])
+    assert len(handle.bank.keys) == 1 and len(handle.bank.images) == 1
+    assert handle.prediction.max() == 0 and "not wedge" in handle.state["hint"]  # nothing is known that is no wedge
+    handle.rest()
+    assert handle.state["hint"] == ""
+    assert len(handle.bank.keys) == 48
+    assert handle.undo().undo() is handle and len(handle.bank.keys) == 0 and handle.bank.images == []
+
+
+def test_a_patch_that_is_taught_is_found_in_the_next_image(pair, encoder, scene):
+    "All patches of kind 2 in image one are painted wedge, the rest is background: image two has the wedges where kind 2 is."
+    _, masks, maps = scene
+    handle = teach(pair, encoder, classes=CLASSES, learning=False)
+    for row, column in np.argwhere(maps[0] == 2):
+        y, x = row * 8, column * 8
+        handle.paint("wedge", "polygon", [(x, y), (x + 8, y), (x + 8, y + 8), (x, y + 8)])
+    handle.rest().learn()
+    handle.go(1)
+    assert ((handle.prediction[2] > 0.5) == masks[1][2].numpy()).all() and not (handle.prediction[[0, 1, 3]] > 0.5).any()
+    handle.accept()
+    assert handle.known.all() and (handle.labels[2] == masks[1][2].numpy()).all()
+    assert handle.progress.stem.tolist() == ["one", "two"] and handle.suggest() == 0
+
+
+def test_the_journal_survives_the_kernel(pair, encoder, tmp_path):
+    options = {"classes": CLASSES, "journal": tmp_path / "j.jsonl"}
+    before = teach(pair, encoder, **options)
+    before.paint("wire", "line", [(3, 3), (40, 30)], size=3).paint("epoxy", "circle", [(20, 20), (26, 20)])
+    before.undo().redo().rest().go(1).accept().paint("ball", "brush", [(9, 9)], size=4)
+    after = teach(pair, encoder, **options)
+    assert after.index == 1
+    for i in range(2):
+        assert (after.labels_of(i).mask == before.labels_of(i).mask).all() and (after.labels_of(i).known == before.labels_of(i).known).all()
+        assert np.allclose(after.go(i).prediction, before.go(i).prediction)
+    assert after.go(1).undo().labels[1].sum() == 0  # what was done before can be undone
+    with pytest.raises(AoiError, match="same classes"):
+        teach(pair, encoder, classes=["wire"], journal=tmp_path / "j.jsonl")
+    with pytest.raises(AoiError, match="not among"):
+        teach({"two": pair["two"]}, encoder, **options)
+
+
+def test_masks_are_saved_in_the_contract_and_never_replaced_unasked(folder, tmp_path):
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.encoder import PixelEncoder
+
+    dataset = load_folder(folder)["pretrain"].select([0, 1])
+    encoder = PixelEncoder(channels=2)
+    handle = teach(dataset, encoder, classes=CLASSES, out=tmp_path / "masks", learning=False)
+    handle.paint("wire", "line", [(10, 10), (100, 80)], size=5).paint("background", "circle", [(200, 200), (220, 200)])
+    handle.go(1).paint("ball", "circle", [(50, 50), (60, 50)]).rest()
+    table = handle.save()
+    assert table.stem.tolist() == list(dataset["stem"]) and handle.save() is not None  # its own files may be written again
+    loaded = load_folder(folder, masks=tmp_path / "masks", classes=CLASSES)
+    rows = {r["stem"]: r for split in loaded.values() for r in split if r["labelled"]}
+    for i, stem in enumerate(table.stem):
+        assert (rows[stem]["mask"].numpy() == handle.labels_of(i).mask).all()
+        assert (rows[stem]["ignore"].numpy() == ~handle.labels_of(i).known).all()
+    other = teach(dataset, encoder, classes=CLASSES, out=tmp_path / "masks", journal=tmp_path / "other.jsonl", learning=False)
+    with pytest.raises(AoiError, match="no label"):
+        other.save()
+    other.paint("wire", "line", [(10, 10), (20, 20)])
+    with pytest.raises(AoiError, match="there already"):
+        other.save()
+    other._handle_custom_msg({"kind": "save"}, [])
+    assert "Replace them?" in other.question and other.error == ""
+    other._handle_custom_msg({"kind": "save", "overwrite": True}, [])
+    assert other.question == "" and "Saved" in other.state["hint"]
+    bits = teach(dataset, encoder, classes=["wire"], learning=False)
+    with pytest.raises(AoiError, match="Where to"):
+        bits.save()
+
+
+def test_the_page_of_teach(pair, encoder):
+    handle = teach(pair, encoder, classes=CLASSES)
+    sent = []
+    handle.send = lambda content, buffers=None: sent.append((content, buffers))
+    handle._handle_custom_msg({"kind": "paint", "id": 7, "tool": "line", "class": "wire", "points": [[2, 2], [30, 30]], "size": 3}, [])
+    assert handle.labels[0].any() and handle.error == ""
+    assert [c["kind"] for c, _ in sent] == ["update", "update", "done"] and sent[-1][0]["done"] == 7
+    update, buffers = sent[0]
+    planes = np.concatenate([np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in buffers])[:update["count"]]
+    assert update["start"] == 2 and (planes[0] == handle.labels[0] * 255).all() and (planes[4] == handle.known * 255).all()
+    handle._handle_custom_msg({"kind": "paint", "id": 8, "tool": "polygon", "class": "wire", "points": [[2, 2]], "size": 3}, [])
+    assert "3 points" in handle.error and sent[-1][0] == {"kind": "done", "done": 8}  # the trace of a failed stroke disappears
+    handle._handle_custom_msg({"kind": "go", "index": 1}, [])
+    assert handle.index == 1 and handle.sources[0]["name"] == "two" and handle.next_index == 0
+    from_page(handle, brush="tape")
+    assert "tape" in handle.error and handle.brush == "wire"
+    from_page(handle, index=5)
+    assert handle.index == 1
+    assert handle.picture().alt
+
+
+def test_a_bank_that_is_given_goes_on_learning(pair, encoder, bank):
+    import copy
+
+    bank = copy.deepcopy(bank)
+    handle = teach(pair, bank.encoder, bank)
+    assert handle.classes == CLASSES and handle.prediction.max() > 0
+    patches = len(bank.keys)
+    handle.paint("wire", "line", [(0, 0), (63, 0)], size=2)
+    assert len(bank.keys) == patches + 8 and [r["stem"] for r in bank.images] == ["b_01", "one"]
+    with pytest.raises(AoiError, match="classes"):
+        teach(pair, bank.encoder, bank, ["tape"])
+
+
+def test_undoing_restores_overlaps():
+    labels = Labels(np.ones((2, 4, 4), bool), np.ones((4, 4), bool))
+    where = np.eye(4, dtype=bool)
+    labels.change(where, np.zeros((2, 4), bool), False)
+    assert not labels.mask[:, where].any() and labels.mask.sum() == 24
+    labels.undo()
+    assert labels.mask.all() and labels.known.all()

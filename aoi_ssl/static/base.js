@@ -128,7 +128,7 @@ export function frame(model, el, { label, keys = [] }) {
     list.hidden = !list.hidden;
     help.setAttribute("aria-expanded", String(!list.hidden));
   }, { glyph: "keyboard", "aria-expanded": "false" });
-  const root = make("div", { class: "aoi", role: "group", "aria-label": label }, bar, error, body,
+  const root = make("div", { class: "aoi", role: "group", "aria-label": label, "data-lm-suppress-shortcuts": "true" }, bar, error, body,
     make("div", { class: "aoi-foot" }, legend, status, keys.length ? help : null), list);
   watchTraits(model, "error", () => {
     words.textContent = model.get("error");
@@ -167,7 +167,7 @@ const TILE = 512;
 export class Source {
   /** `index` is a place in the traits `sources` and `overviews`; with `prefix`, of traits of that name before them. */
   constructor(model, index, ready, prefix = "") {
-    Object.assign(this, { model, index, ready, prefix, tiles: new Map(), version: 0 });
+    Object.assign(this, { model, index, ready, prefix, tiles: new Map(), version: 0, edits: 0 });
     this.receive = (message, buffers) => this.onTile(message, buffers);
     model.on("msg:custom", this.receive);
     model.on(`change:${prefix}overviews`, () => this.load());
@@ -200,18 +200,19 @@ export class Source {
       for (let column = Math.floor(Math.max(0, box.x0) / step); column * step < Math.min(this.width, box.x1); column++) {
         const key = `${level}/${row}/${column}`, tile = this.tiles.get(key);
         if (tile?.planes) found.push(tile);
-        else if (!tile) this.ask(key, level, row, column);
+        if (!tile || (tile.stale && !tile.asked)) this.ask(key, level, row, column);
       }
     return found;
   }
 
   ask(key, level, row, column) {
-    this.tiles.set(key, {});
+    this.tiles.set(key, { ...this.tiles.get(key), asked: true });
     if (this.tiles.size > 96) this.tiles.delete(this.tiles.keys().next().value);
     this.model.send({ kind: "tile", source: this.prefix + this.index, level, row, column, stamp: this.meta.stamp });
   }
 
   async onTile(message, buffers) {
+    if (message.kind === "update" && message.source === this.prefix + this.index && message.stamp === this.meta?.stamp) await this.update(message, buffers);
     if (message.kind !== "tile" || message.source !== this.prefix + this.index || message.stamp !== this.meta?.stamp) return;
     const { level, row, column } = message, side = 2 ** level, key = `${level}/${row}/${column}`;
     const tile = await decode(buffers, this.meta.planes);
@@ -219,10 +220,15 @@ export class Source {
     this.ready?.(this);
   }
 
-  /** Forget finer tiles, because the pixels changed in Python. */
-  refresh() {
-    this.tiles.clear();
-    this.version++;
+  /** Some planes of the overview have changed in Python, within a box; finer tiles are asked for again when they show. */
+  async update({ start, count, y, x }, buffers) {
+    const { whole } = this, part = await decode(buffers, count);
+    if (whole !== this.whole) return;
+    for (let c = 0; c < count; c++) for (let row = 0; row < part.height; row++)
+      whole.planes[start + c].set(part.planes[c].subarray(row * part.width, (row + 1) * part.width), (y + row) * whole.width + x);
+    for (const [key, tile] of this.tiles) this.tiles.set(key, { ...tile, stale: true, asked: false });
+    this.edits++;
+    this.ready?.(this);
   }
 
   close() { this.model.off("msg:custom", this.receive); }
@@ -359,7 +365,7 @@ export class Viewer {
     on("pointerup", (e) => this.up(e));
     on("pointercancel", () => (this.drag = null));
     on("pointerleave", () => { if (!this.drag) this.act.hover?.(null); });
-    on("dblclick", (e) => e.preventDefault());
+    on("dblclick", (e) => { e.preventDefault(); this.act.double?.(this.place(e), e); });
     on("wheel", (e) => {
       if (!e.ctrlKey && document.activeElement !== this.canvas && this.canvas.getRootNode().activeElement !== this.canvas) return;
       e.preventDefault();
@@ -431,7 +437,7 @@ export class Viewer {
     try { this.canvas.setPointerCapture(e.pointerId); } catch { /* a pointer that is already gone */ }
     const p = this.place(e);
     this.drag = { start: p, view: this.transform(), x: e.clientX, y: e.clientY, moved: false };
-    if (e.button === 0 && !e.getModifierState(" ") && !this.panning && this.act.stroke) this.drag.stroke = this.act.stroke(p, e) !== false;
+    if (e.button === 0 && this.act.stroke) this.drag.stroke = this.act.stroke(p, e) !== false;
   }
 
   move(e) {
