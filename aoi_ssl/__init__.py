@@ -24,6 +24,7 @@ _PUBLIC = {  # name: the module that defines it
     "explore": "explore",
     "inspect": "inspect",
     "teach": "teach",
+    "watch": "watch",
     "demo": "demo",
     "Encoder": "encoder",
     "MemoryBank": "retrieval",

@@ -6,7 +6,7 @@
 __all__ = ['to_bytes', 'Features', 'ExploreTraits', 'Explorer', 'explore_embed', 'explore_neighbours', 'explore_search',
            'explore_picture', 'explore']
 
-# %% ../nbs/api/19_explore.ipynb #40df875e
+# %% ../nbs/api/19_explore.ipynb #a1de7de6
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,7 +32,7 @@ from aoi_ssl.show import (
 )
 from .widgets import SCALES, BankPictures, BankTraits, Planes, as_picture, page_module, wrong_trait
 
-# %% ../nbs/api/19_explore.ipynb #5467bd1e
+# %% ../nbs/api/19_explore.ipynb #40747c70
 def to_bytes(
     grid: Tensor,  # (h, w, d) of length 1
 ) -> tuple[bytes, bytes]:  # int8, row by row; float32, the scale of each patch
@@ -41,7 +41,7 @@ def to_bytes(
     scale = flat.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
     return (flat / scale).round().to(torch.int8).numpy().tobytes(), scale.numpy().tobytes()
 
-# %% ../nbs/api/19_explore.ipynb #2c1056df
+# %% ../nbs/api/19_explore.ipynb #098b9c19
 class Features:
     "The patches of some images, embedded once for each layer and space that is asked for."
 
@@ -63,10 +63,12 @@ class Features:
             if space == "plain":
                 self.known[layer, space] = feature_grids(self.images, self.encoder, layer=layer)
             else:
-                self.known[layer, space] = to_space(self(layer, "plain")[0], space, self.keys if layer is None else None)
+                self.known[layer, space] = to_space(
+                    self(layer, "plain")[0], space, self.keys if layer is None else None
+                )
         return self.known[layer, space]
 
-# %% ../nbs/api/19_explore.ipynb #87421c35
+# %% ../nbs/api/19_explore.ipynb #36bd92ef
 class ExploreTraits(BankTraits):
     "What the page of `explore` shows and changes."
 
@@ -88,7 +90,7 @@ class ExploreTraits(BankTraits):
     layers = traitlets.List().tag(sync=True)
     k = traitlets.Int(6, min=1)
 
-# %% ../nbs/api/19_explore.ipynb #3d195e49
+# %% ../nbs/api/19_explore.ipynb #e53e09bf
 class Explorer(ExploreTraits):
     "The widget of `explore`; `held` is what is looked for, `similarity` and `neighbours` is what was found."
 
@@ -98,7 +100,11 @@ class Explorer(ExploreTraits):
         self.pictures = None if bank is None else BankPictures(bank, bank_images)
         self._features = Features(images, encoder, plain_keys(bank, encoder))
         planes = [Planes(i, name=n) for n, i in pictures]
-        own = {"layers": encoder_layers(encoder), "has_bank": bank is not None, "classes": list(bank.classes) if bank else []}
+        own = {
+            "layers": encoder_layers(encoder),
+            "has_bank": bank is not None,
+            "classes": list(bank.classes) if bank else [],
+        }
         held = traits.pop("held", ())
         super().__init__(planes, **own, **traits)
         explore_embed(self)
@@ -154,7 +160,7 @@ class Explorer(ExploreTraits):
         "The static twin, `show.explore`."
         return explore_picture(self)
 
-# %% ../nbs/api/19_explore.ipynb #0141eda0
+# %% ../nbs/api/19_explore.ipynb #e802e7e6
 def explore_embed(
     handle: Explorer,  # its traits are set
 ) -> None:
@@ -168,7 +174,7 @@ def explore_embed(
         handle.packed = [numbers for numbers, _ in packed]
         handle.packed_scales = [scales for _, scales in packed]
 
-# %% ../nbs/api/19_explore.ipynb #c6ba97b9
+# %% ../nbs/api/19_explore.ipynb #5c4361f6
 def explore_neighbours(
     handle: Explorer,  # with something held
 ) -> pd.DataFrame:  # as `show.bank_neighbours`
@@ -180,7 +186,11 @@ def explore_neighbours(
     if handle.layer is not None:
         raise AoiError(f"The bank's keys are not those of block {handle.layer} alone. Set layer to None to search it.")
     return neighbours_of_held(
-        handle.bank, handle._features.images, handle.embeddings, handle.held, k=handle.k,
+        handle.bank,
+        handle._features.images,
+        handle.embeddings,
+        handle.held,
+        k=handle.k,
         white=handle._features(None, handle.space)[1],
     )
 
@@ -196,7 +206,7 @@ def explore_search(
     except AoiError as e:
         handle.show_near(pd.DataFrame(), str(e))
 
-# %% ../nbs/api/19_explore.ipynb #e49d3b88
+# %% ../nbs/api/19_explore.ipynb #04518e56
 def explore_picture(
     handle: Explorer,  # what is shown
 ) -> Picture:  # the figure
@@ -209,7 +219,7 @@ def explore_picture(
         bank_images=handle.pictures and handle.pictures.images, names=names, **look,
     )
 
-# %% ../nbs/api/19_explore.ipynb #5d7b6c03
+# %% ../nbs/api/19_explore.ipynb #239cc1ca
 def explore(
     image: Tensor | np.ndarray | Mapping,  # (C, H, W) in [0, 1], or a row of a dataset
     encoder: object,  # an Encoder

@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'threshold_curves', 'InspectTraits', 'Inspector', 'inspect_truth', 'inspect_planes', 'inspect_scores',
            'inspect_table', 'inspect_pixel', 'inspect']
 
-# %% ../nbs/api/20_inspect.ipynb #0a0f0c18
+# %% ../nbs/api/20_inspect.ipynb #1c28f2d8
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,7 +22,7 @@ from .predict import Segmenter, predict_image
 from .show import ERROR_COLOURS, Picture, _mask, inspected, name_segmenters, novelty_of
 from .widgets import BankPictures, BankTraits, Planes, TraitValueError, as_picture, page_module
 
-# %% ../nbs/api/20_inspect.ipynb #2c77009a
+# %% ../nbs/api/20_inspect.ipynb #9e4ce6fc
 STEPS = torch.arange(101) / 100  # 0, 0.01 ... 1: the thresholds that can be chosen
 
 
@@ -30,7 +30,9 @@ def threshold_curves(
     probabilities: Tensor,  # (K, H, W) in [0, 1]
     truth: Tensor | None,  # (K, H, W) bool
     ignore: Tensor | None = None,  # (K, H, W) bool
-) -> list[dict]:  # for each class: share (of pixels predicted), iou, precision, recall, each 101 numbers, None for 0 / 0
+) -> list[
+    dict
+]:  # for each class: share (of pixels predicted), iou, precision, recall, each 101 numbers, None for 0 / 0
     "What each threshold would give; without a truth only the share."
     nothing = torch.zeros_like(probabilities, dtype=torch.bool)
     counts = threshold_counts(probabilities, nothing if truth is None else truth, ignore, thresholds=STEPS).double()
@@ -42,7 +44,7 @@ def threshold_curves(
     plain = lambda row: [None if v != v else v for v in row]
     return [{name: plain(rows[k]) for name, rows in rounded.items()} for k in range(len(probabilities))]
 
-# %% ../nbs/api/20_inspect.ipynb #d9c5c41f
+# %% ../nbs/api/20_inspect.ipynb #29369f15
 class InspectTraits(BankTraits):
     "What the page of `inspect` shows and changes."
 
@@ -79,11 +81,11 @@ class InspectTraits(BankTraits):
             raise TraitValueError(f"Pixel {pixel} is outside the image of {height} x {width} pixels. Count from 0.")
         return pixel or None
 
-# %% ../nbs/api/20_inspect.ipynb #af288dd2
+# %% ../nbs/api/20_inspect.ipynb #e6ea401c
 class Inspector(InspectTraits):
     "The widget of `inspect`; `masks` and `scores` follow the thresholds."
 
-    def __init__(self, picture, segmenters, truth=None, *, ignore=None, bank_images=None, thresholds=None, **traits):  # see `inspect`
+    def __init__(self, picture, segmenters, truth, *, ignore, bank_images, thresholds, **traits):  # see `inspect`
         named, (name, image) = name_segmenters(segmenters), picture
         self.models, self.image = named, torch.from_numpy(image)
         self.truth, self.ignore, own = inspect_truth(image, truth, ignore, next(iter(named.values())).classes)
@@ -95,9 +97,17 @@ class Inspector(InspectTraits):
         curves = [threshold_curves(p, self.truth, self.ignore) for p in self.probabilities.values()]
         colours = {n: [round(255 * v) for v in to_rgb(c)] for n, c in ERROR_COLOURS.items()}
         super().__init__(
-            [Planes(image, name=name, extra=planes)], classes=own, segmenters=list(named), curves=curves, error_colours=colours,
-            has_truth=self.truth is not None, has_novelty=bool(novelty), novelty_limits=limits, has_bank=bool(banks),
-            shown=[True] * len(own), **traits,
+            [Planes(image, name=name, extra=planes)],
+            classes=own,
+            segmenters=list(named),
+            curves=curves,
+            error_colours=colours,
+            has_truth=self.truth is not None,
+            has_novelty=bool(novelty),
+            novelty_limits=limits,
+            has_bank=bool(banks),
+            shown=[True] * len(own),
+            **traits,
         )
         chosen = {n: s.thresholds.tolist() for n, s in named.items()} | dict(thresholds or {})
         self.thresholds = [chosen[n] for n in named]
@@ -117,7 +127,9 @@ class Inspector(InspectTraits):
     def set_threshold(self, class_name: str, value: float, *, segmenter: str | None = None) -> "Inspector":
         "Set the threshold of a class, for one segmenter or for all."
         if class_name not in self.classes or (segmenter or self.segmenters[0]) not in self.segmenters:
-            raise AoiError(f"{class_name!r}, {segmenter!r}: one of {self.classes}, and of {self.segmenters}, was expected.")
+            raise AoiError(
+                f"{class_name!r}, {segmenter!r}: one of {self.classes}, and of {self.segmenters}, was expected."
+            )
         k, rows = self.classes.index(class_name), [list(row) for row in self.thresholds]
         for name, row in zip(self.segmenters, rows, strict=True):
             if segmenter in (None, name):
@@ -150,7 +162,7 @@ class Inspector(InspectTraits):
         options = {"ignore": self.ignore, "novelty": self.novelty, "shown": shown, **look}
         return inspected(self.image, found, thresholds, self.classes, self.truth, **options)
 
-# %% ../nbs/api/20_inspect.ipynb #631ab233
+# %% ../nbs/api/20_inspect.ipynb #136a6247
 def inspect_truth(
     image: np.ndarray,  # (C, H, W)
     truth: Tensor | np.ndarray | None,  # (K, H, W) bool
@@ -159,13 +171,18 @@ def inspect_truth(
 ) -> tuple[Tensor | None, Tensor | None, list[str]]:  # truth, ignore, class names
     "The truth in tensors. Raises `AoiError` if it is not of this image and these classes."
     shape = image.shape[1:]
-    made = [None if m is None else torch.from_numpy(_mask(m, shape, classes, name=n)) for n, m in (("truth", truth), ("ignore", ignore))]
+    made = [
+        None if m is None else torch.from_numpy(_mask(m, shape, classes, name=n))
+        for n, m in (("truth", truth), ("ignore", ignore))
+    ]
     return *made, list(classes)
 
 
 def inspect_planes(
     handle: Inspector,  # has predicted
-) -> tuple[np.ndarray, dict[str, np.ndarray], list[float]]:  # planes (N, H, W) uint8; novelty by name; its smallest and largest value
+) -> tuple[
+    np.ndarray, dict[str, np.ndarray], list[float]
+]:  # planes (N, H, W) uint8; novelty by name; its smallest and largest value
     "Probabilities of each segmenter, then truth and ignore, then novelty, as bytes for the page."
     parts = [(p * 255).round().byte().numpy() for p in handle.probabilities.values()]
     if handle.truth is not None:
@@ -175,10 +192,13 @@ def inspect_planes(
     if all(hasattr(s, "novelty") for s in handle.models.values()):
         novelty = {n: novelty_of(s, handle.image) for n, s in handle.models.items()}
     limits = [float(f([f(m) for m in novelty.values()])) for f in (np.min, np.max)] if novelty else [0.0, 1.0]
-    scaled = [((m - limits[0]) / max(limits[1] - limits[0], 1e-9) * 255).round().astype(np.uint8)[None] for m in novelty.values()]
+    scaled = [
+        ((m - limits[0]) / max(limits[1] - limits[0], 1e-9) * 255).round().astype(np.uint8)[None]
+        for m in novelty.values()
+    ]
     return np.concatenate(parts + scaled), novelty, limits
 
-# %% ../nbs/api/20_inspect.ipynb #a7bb858f
+# %% ../nbs/api/20_inspect.ipynb #7b49b247
 def inspect_scores(
     handle: Inspector,  # with a truth
 ) -> pd.DataFrame:  # segmenter, class, threshold, tp, fp, fn, support, iou, dice, precision, recall
@@ -196,7 +216,9 @@ def inspect_scores(
 
 def inspect_table(
     handle: Inspector,  # with a pixel
-) -> pd.DataFrame:  # segmenter, class, probability, threshold, predicted, truth, ignored (the last two with a truth only)
+) -> (
+    pd.DataFrame
+):  # segmenter, class, probability, threshold, predicted, truth, ignored (the last two with a truth only)
     "What is known of the chosen pixel."
     y, x, rows = handle.pixel["y"], handle.pixel["x"], []
     for name, thresholds in zip(handle.segmenters, handle.thresholds, strict=True):
@@ -209,7 +231,7 @@ def inspect_table(
         rows.append(frame)
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/api/20_inspect.ipynb #724a7bc8
+# %% ../nbs/api/20_inspect.ipynb #d8980948
 def inspect_pixel(
     handle: Inspector,  # its `why` and its neighbours are set
 ) -> None:
@@ -221,13 +243,18 @@ def inspect_pixel(
     found = []
     for name, frame in inspect_table(handle).groupby("segmenter", sort=False):
         one = {"name": name, "probabilities": frame["probability"].tolist(), "thresholds": frame["threshold"].tolist()}
-        one |= {n: frame[c].tolist() if c in frame else [False] * len(frame) for n, c in (("truth", "truth"), ("ignored", "ignored"))}
+        one |= {
+            n: frame[c].tolist() if c in frame else [False] * len(frame)
+            for n, c in (("truth", "truth"), ("ignored", "ignored"))
+        }
         found.append(one)
     handle.why = found
     if handle.bank is not None:
-        handle.show_near(handle.bank.neighbours(handle.image, handle.pixel["y"], handle.pixel["x"], k=max(3, handle.bank.k)))
+        handle.show_near(
+            handle.bank.neighbours(handle.image, handle.pixel["y"], handle.pixel["x"], k=max(3, handle.bank.k))
+        )
 
-# %% ../nbs/api/20_inspect.ipynb #4ea61896
+# %% ../nbs/api/20_inspect.ipynb #95612b3b
 def inspect(
     image: Tensor | np.ndarray | Mapping,  # (C, H, W) in [0, 1]; or a row of a dataset, which brings its truth along
     segmenters: Segmenter | Mapping[str, Segmenter],  # one, or several by name, side by side
@@ -247,7 +274,13 @@ def inspect(
         truth, ignore = image.get("mask"), image.get("ignore")
     look = {"overlay": overlay, "opacity": opacity, "light": light, "stretch": stretch}
     handle = Inspector(
-        as_picture(image, "image"), segmenters, truth, ignore=ignore, bank_images=bank_images, thresholds=thresholds, **look
+        as_picture(image, "image"),
+        segmenters,
+        truth,
+        ignore=ignore,
+        bank_images=bank_images,
+        thresholds=thresholds,
+        **look,
     )
     if shown is not None:
         handle.shown = [c in shown for c in handle.classes]

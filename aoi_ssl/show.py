@@ -7,7 +7,7 @@ __all__ = ['PALETTE', 'ERROR_COLOURS', 'SPACES', 'class_colour', 'Picture', 'fal
            'errors', 'similarity_map', 'similarity', 'neighbours', 'reconstruction', 'curves', 'score_chart',
            'layer_encoder', 'encoder_layers', 'whitening', 'feature_grids', 'to_space', 'as_held', 'held_query',
            'pca_colours', 'plain_keys', 'bank_neighbours', 'neighbours_of_held', 'image_of', 'thumbnail', 'explore',
-           'explored', 'inspect', 'name_segmenters', 'novelty_of', 'inspected', 'teach', 'taught']
+           'explored', 'inspect', 'name_segmenters', 'novelty_of', 'inspected', 'teach', 'taught', 'watch', 'watched']
 
 # %% ../nbs/api/17_show.ipynb #e5a19f04
 import colorsys
@@ -797,7 +797,7 @@ def score_chart(
     figure.alt = f"{metric} for each {by}: {'; '.join(words)}."
     return figure
 
-# %% ../nbs/api/17_show.ipynb #94150269
+# %% ../nbs/api/17_show.ipynb #74ba9402
 def layer_encoder(
     encoder: object,  # an Encoder
     layer: int | None,  # block whose output is wanted, 1 is the first; None: what the encoder itself gives
@@ -820,7 +820,7 @@ def encoder_layers(
     vit = getattr(encoder, "vit", None)
     return [None, *range(1, vit.config.num_hidden_layers + 1)] if vit is not None else [None]
 
-# %% ../nbs/api/17_show.ipynb #3bd60edf
+# %% ../nbs/api/17_show.ipynb #7fdf8424
 def whitening(
     embeddings: Tensor,  # (n, D) embeddings to learn the directions from
     *,
@@ -834,7 +834,7 @@ def whitening(
     spread, axes = spread[-keep:].clamp(min=0), axes[:, -keep:]
     return mean, axes / (spread + 1e-3 * spread[-1].clamp(min=1e-12)).sqrt()
 
-# %% ../nbs/api/17_show.ipynb #354be45d
+# %% ../nbs/api/17_show.ipynb #0294b892
 SPACES = ("plain", "whitened")  # how embeddings are compared
 
 
@@ -868,7 +868,7 @@ def to_space(
     mean, matrix = white = whitening(learn)
     return [functional.normalize((g - mean) @ matrix, dim=-1) for g in grids], white
 
-# %% ../nbs/api/17_show.ipynb #f57c8c33
+# %% ../nbs/api/17_show.ipynb #f772cf78
 def as_held(
     held: Sequence,  # pixels (y, x) of the first image; or dicts with image, row, column, minus
     grids: Sequence[tuple[int, int]],  # rows and columns of each image's patches
@@ -902,7 +902,7 @@ def held_query(
         query = query + (-1 if minus else 1) * (torch.stack(some).mean(0) if some else 0)
     return functional.normalize(query, dim=-1)
 
-# %% ../nbs/api/17_show.ipynb #d28ab9bb
+# %% ../nbs/api/17_show.ipynb #7666754d
 def pca_colours(
     grids: Sequence[Tensor],  # (h, w, d) each
 ) -> list[np.ndarray]:  # (h, w, 3) uint8 each
@@ -917,7 +917,7 @@ def pca_colours(
     ends = np.cumsum([g.shape[0] * g.shape[1] for g in grids])[:-1]
     return [c.reshape(*g.shape[:2], 3) for c, g in zip(np.split(colours, ends), grids, strict=True)]
 
-# %% ../nbs/api/17_show.ipynb #05457eaf
+# %% ../nbs/api/17_show.ipynb #461dae6f
 def plain_keys(
     bank: object,  # a MemoryBank, or None
     encoder: object,  # an Encoder
@@ -962,10 +962,12 @@ def neighbours_of_held(
     if len(held) > 1:
         raise AoiError("This bank compares in a feature space of its own, one patch at a time. Hold a single patch.")
     one = held[0]
-    y, x = (min(one[n] * p + p // 2, s - 1) for n, s in zip(("row", "column"), images[one["image"]].shape[1:], strict=True))
+    y, x = (
+        min(one[n] * p + p // 2, s - 1) for n, s in zip(("row", "column"), images[one["image"]].shape[1:], strict=True)
+    )
     return bank.neighbours(torch.as_tensor(images[one["image"]]), y, x, k=k)
 
-# %% ../nbs/api/17_show.ipynb #428946ea
+# %% ../nbs/api/17_show.ipynb #2a5b14c9
 def image_of(
     images: object,  # a dataset with a column "stem", a mapping stem -> (C, H, W) in [0, 1], or None
     stem: str,  # which
@@ -1001,7 +1003,7 @@ def thumbnail(
     painted = _paint(ground, _pool_counts(mask, size, size) > 0, alpha=alpha)
     return (painted * 255).round().astype(np.uint8)
 
-# %% ../nbs/api/17_show.ipynb #2d0f8908
+# %% ../nbs/api/17_show.ipynb #40b7544a
 def explore(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     encoder: object,  # an Encoder
@@ -1034,7 +1036,7 @@ def explore(
     look |= {"light": light, "stretch": stretch, "width": width}
     return explored(images, grids, held, encoder.patch_size, bank=bank, table=table, bank_images=bank_images, **look)
 
-# %% ../nbs/api/17_show.ipynb #0e4e7063
+# %% ../nbs/api/17_show.ipynb #08d3bcf3
 def explored(
     images: Sequence[np.ndarray],  # (C, H, W) in [0, 1]
     grids: Sequence[Tensor],  # from `feature_grids`
@@ -1078,7 +1080,7 @@ def explored(
         _neighbour_strip(figure, table, bank, bank_images, light, bottom=_EDGE + 36 * shown)
     return figure
 
-# %% ../nbs/api/17_show.ipynb #ade0d430
+# %% ../nbs/api/17_show.ipynb #9d9264f8
 def _explored_panels(count: int, overlay: str, shown: bool) -> list[tuple[int, bool]]:
     "Which image each panel shows, and whether without colours: the first image twice, if there are any."
     return [(0, True)] * (shown or overlay == "pca") + [(i, False) for i in range(count)]
@@ -1107,7 +1109,7 @@ def _letterbox(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return picture
     panel = np.ones((*size, 3), np.float32)
     y, x = ((s - p) // 2 for s, p in zip(size, picture.shape[:2], strict=True))
-    panel[y:y + picture.shape[0], x:x + picture.shape[1]] = picture
+    panel[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
     return panel
 
 
@@ -1117,7 +1119,9 @@ def _over(ground: np.ndarray, colours: np.ndarray, patch: int, shape: tuple[int,
     return ground * (1 - alpha) + alpha * colours[places[0]][:, places[1]].astype(np.float32) / 255
 
 
-def _neighbour_strip(figure: Figure, table: pd.DataFrame, bank: object, images: object, light: int | str, *, bottom: int) -> None:
+def _neighbour_strip(
+    figure: Figure, table: pd.DataFrame, bank: object, images: object, light: int | str, *, bottom: int
+) -> None:
     "Thumbnails of bank patches along the lower edge, with similarity, image and device."
     masks = patch_masks(bank, table["key"].tolist()).cpu().numpy()
     room = figure.get_size_inches()[0] * _DPI - 2 * _EDGE
@@ -1132,7 +1136,7 @@ def _neighbour_strip(figure: Figure, table: pd.DataFrame, bank: object, images: 
         for n, line in enumerate(lines):
             _text(figure, x, bottom + 36 - 13 * n, line, size=8, va="center_baseline")
 
-# %% ../nbs/api/17_show.ipynb #388a83e2
+# %% ../nbs/api/17_show.ipynb #e0036a85
 def inspect(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
@@ -1161,7 +1165,9 @@ def name_segmenters(
     segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
 ) -> dict:  # name -> Segmenter
     "One or several segmenters by name. Raises `AoiError` if there is none, or if their classes differ."
-    named = dict(segmenters) if isinstance(segmenters, Mapping) else {getattr(segmenters, "kind", "segmenter"): segmenters}
+    named = (
+        dict(segmenters) if isinstance(segmenters, Mapping) else {getattr(segmenters, "kind", "segmenter"): segmenters}
+    )
     classes = {n: list(s.classes) for n, s in named.items()}
     if not named or len({tuple(c) for c in classes.values()}) > 1:
         raise AoiError(
@@ -1170,20 +1176,22 @@ def name_segmenters(
         )
     return named
 
-# %% ../nbs/api/17_show.ipynb #0f184a82
+# %% ../nbs/api/17_show.ipynb #fdea5ad6
 def novelty_of(
     segmenter: object,  # a Segmenter; one that knows novelty has `novelty(image)`
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
 ) -> np.ndarray:  # (H, W), the larger the less like anything known
     "How new each pixel is to a segmenter. Raises `AoiError` if it cannot say."
     if not hasattr(segmenter, "novelty"):
-        raise AoiError(f"A {type(segmenter).__name__} cannot say what is new to it. Choose another overlay, or a memory bank.")
+        raise AoiError(
+            f"A {type(segmenter).__name__} cannot say what is new to it. Choose another overlay, or a memory bank."
+        )
     found = torch.as_tensor(segmenter.novelty(torch.as_tensor(_image(image)))).float().squeeze()
     if found.ndim != 2:
         raise AoiError(f"novelty gave {tuple(found.shape)}; (height, width), of pixels or of patches, was expected.")
     return functional.interpolate(found[None, None], image.shape[-2:], mode="nearest-exact")[0, 0].cpu().numpy()
 
-# %% ../nbs/api/17_show.ipynb #23f58c2c
+# %% ../nbs/api/17_show.ipynb #0d30ee21
 def inspected(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     probabilities: Mapping[str, np.ndarray],  # name -> (K, H, W)
@@ -1203,7 +1211,11 @@ def inspected(
     "Draw what was predicted already. Raises `AoiError` for an overlay or a class that there is not."
     kept = [c for c in classes if shown is None or c in shown]
     unknown = [c for c in shown or () if c not in classes]
-    if overlay not in ("mask", "errors", "probability", "novelty", "none") or unknown or (overlay == "errors" and truth is None):
+    if (
+        overlay not in ("mask", "errors", "probability", "novelty", "none")
+        or unknown
+        or (overlay == "errors" and truth is None)
+    ):
         raise AoiError(
             f"overlay={overlay!r}, shown={shown}; mask, errors (with a truth), probability, novelty or none, and classes of "
             f"{list(classes)} were expected."
@@ -1223,20 +1235,29 @@ def inspected(
     return _heat_maps(image, maps, overlay, alpha=min(1.0, opacity + 0.35), **how)
 
 
-def _heat_maps(image, maps: Mapping[str, np.ndarray], what: str, *, alpha: float, light, stretch: bool, width: float) -> Picture:
+def _heat_maps(
+    image, maps: Mapping[str, np.ndarray], what: str, *, alpha: float, light, stretch: bool, width: float
+) -> Picture:
     "One panel for each map over the image, on one colour scale."
     image = _image(image)
-    ends = [float(f(m)) for f, m in ((np.min, list(maps.values())), (np.max, list(maps.values())))] if what == "novelty" else [0.0, 1.0]
+    ends = (
+        [float(f(m)) for f, m in ((np.min, list(maps.values())), (np.max, list(maps.values())))]
+        if what == "novelty"
+        else [0.0, 1.0]
+    )
     words = f"{what.capitalize()} of {', '.join(maps)}, from {ends[0]:.2f} to {ends[1]:.2f}."
     figure, axes, size = _sheet(list(maps), 3, image.shape[1:], width=width, strip=36, alt=words)
     colours = "magma" if what == "novelty" else "viridis"
     _colour_bar(figure, tuple(ends), what, colours=colours)
     for panel, values in zip(axes, maps.values(), strict=True):
         ground = _background(image, light, size, stretch=stretch)
-        _put(panel, _heat(ground, values, 1, image.shape[1:], limits=tuple(ends), threshold=None, alpha=alpha, colours=colours))
+        _put(
+            panel,
+            _heat(ground, values, 1, image.shape[1:], limits=tuple(ends), threshold=None, alpha=alpha, colours=colours),
+        )
     return figure
 
-# %% ../nbs/api/17_show.ipynb #8c9beb35
+# %% ../nbs/api/17_show.ipynb #57d5b136
 def teach(
     images: Sequence[Tensor | np.ndarray],  # (C, H, W) in [0, 1] each
     bank: object,  # a MemoryBank, or any Segmenter
@@ -1258,7 +1279,9 @@ def teach(
 
 
 def taught(
-    items: Sequence[tuple],  # name, image (C, H, W), labels (K, H, W), known (H, W) and predicted mask (K, H, W) of each image
+    items: Sequence[
+        tuple
+    ],  # name, image (C, H, W), labels (K, H, W), known (H, W) and predicted mask (K, H, W) of each image
     classes: Sequence[str],  # K names
     *,
     light: int | str = 0,  # as for `teach`
@@ -1273,11 +1296,96 @@ def taught(
             panels.append((f"{name}: labels on {known.mean():.1%} of the pixels", image, mask, ~known))
         panels.append((f"{name}: predicted", image, predicted, None))
     shape, legend = items[0][1].shape[1:], _class_legend(list(classes), np.zeros(0, bool), False)
-    words = "; ".join(f"{head}: {', '.join(c for c, m in zip(classes, mask, strict=True) if m.any()) or 'nothing'}" for head, _, mask, _ in panels)
+    words = "; ".join(
+        f"{head}: {', '.join(c for c, m in zip(classes, mask, strict=True) if m.any()) or 'nothing'}"
+        for head, _, mask, _ in panels
+    )
     figure, axes, size = _sheet([p[0] for p in panels], 3, shape, width=width, legend=legend, alt=words + ".")
     for panel, (_, image, mask, unknown) in zip(axes, panels, strict=True):
         ground = _background(image, light, _contain(image.shape[1:], size), stretch=stretch)
         if unknown is not None:
-            ground = np.where((_pool_counts(~unknown[None], *ground.shape[:2]) > 0)[0][..., None], ground, ground * 0.55)
+            ground = np.where(
+                (_pool_counts(~unknown[None], *ground.shape[:2]) > 0)[0][..., None], ground, ground * 0.55
+            )
         _put(panel, _letterbox(_paint(ground, _pool_counts(mask, *ground.shape[:2]) > 0, alpha=opacity), size))
+    return figure
+
+# %% ../nbs/api/17_show.ipynb #0163d8b7
+def watch(
+    run: object,  # what `pretrain` or `finetune` gave, a history, or name -> these
+    image: Tensor | np.ndarray | None = None,  # (C, H, W) in [0, 1], to rebuild and to compare patches of
+    *,
+    snapshots: Mapping[str, object] | None = None,  # name -> Encoder, in the order of time
+    held: Sequence[int] | None = None,  # (y, x) of the patch that is followed over time
+    mask_ratio: float = 0.7,  # share of the patches to hide
+    seed: int = 0,  # of the choice which
+    log: bool = False,  # logarithmic curves
+    light: int | str = 0,  # which light is shown: its index, "mean" or "colour"
+    width: float = 9.0,  # inches
+) -> Picture:  # the figure
+    "What the widget `watch` shows. Raises `AoiError` for what does not fit."
+    runs = dict(run) if isinstance(run, Mapping) else {"": run}
+    histories = {name: getattr(one, "history", one) for name, one in runs.items()}
+    models = [one for one in runs.values() if hasattr(one, "reconstruct")]
+    pixels = None if image is None else torch.as_tensor(_image(image))
+    rebuilt = models[0].reconstruct(pixels[None], mask_ratio, seed=seed) if models and pixels is not None else None
+    maps, patch = {}, 16
+    for name, encoder in (snapshots or {}).items() if held is not None and image is not None else ():
+        patch = encoder.patch_size
+        grid = feature_grids([image], encoder)[0][0]
+        maps[name] = similarity_map(grid, grid[tuple(int(n) // patch for n in held)]).numpy()
+    return watched(histories, rebuilt, pixels, maps, held, patch=patch, log=log, light=light, width=width)
+
+
+def watched(
+    histories: Mapping[str, pd.DataFrame],  # name -> history
+    rebuilt: object = None,  # a `pretrain.Reconstruction` of one image, if there is one
+    image: Tensor | np.ndarray | None = None,  # (C, H, W) in [0, 1]
+    maps: Mapping[str, np.ndarray] | None = None,  # name -> (h, w) cosine similarities
+    held: Sequence[int] | None = None,  # (y, x) of the patch that the maps are of
+    *,
+    patch: int = 16,  # side of a patch of the maps, pixels
+    log: bool = False,  # as for `watch`
+    light: int | str = 0,  # as for `watch`
+    width: float = 9.0,  # inches
+) -> Picture:  # the figure
+    "Draw what is known of a run; without an image its curves alone."
+    drawn = curves(histories if list(histories) != [""] else histories[""], log=log, width=width)
+    if image is None or (rebuilt is None and not maps):
+        return drawn
+    image, maps = _image(image), dict(maps or {})
+    parts = (
+        []
+        if rebuilt is None
+        else [rebuilt.image[0], torch.where(rebuilt.hidden, 0.5, rebuilt.image)[0], rebuilt.rebuilt[0]]
+    )
+    heads = ["image", "seen", "rebuilt"][: len(parts)] + [f"similarity, {name}" for name in maps]
+    high = round(drawn.get_size_inches()[1] * _DPI * 0.75)
+    words = f"{drawn.alt} Below: {', '.join(heads)}."
+    figure, axes, size = _sheet(heads, 3, image.shape[1:], width=width, strip=high + 36 * bool(maps), alt=words)
+    grounds = [_background(_image(p), light, size) for p in parts]
+    for values in maps.values():
+        grounds.append(
+            _heat(
+                _background(image, light, size),
+                values,
+                patch,
+                image.shape[1:],
+                limits=(0, 1),
+                threshold=None,
+                alpha=0.65,
+            )
+        )
+        if held is not None:
+            _box(
+                axes[len(grounds) - 1], held[0] // patch * patch, held[1] // patch * patch, patch, image.shape[1:], size
+            )
+    for panel, ground in zip(axes, grounds, strict=True):
+        _put(panel, ground)
+    if maps:
+        _colour_bar(figure, (0.0, 1.0), "cosine similarity to the held patch")
+    picture = np.asarray(Image.open(BytesIO(drawn._repr_png_())).convert("RGB"))
+    wide = min(round(width * _DPI) - 2 * _EDGE, round(high * picture.shape[1] / picture.shape[0]))
+    place = _panel(figure, _EDGE, _EDGE + 36 * bool(maps), wide, round(wide * picture.shape[0] / picture.shape[1]))
+    place.imshow(picture, aspect="auto")
     return figure

@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['TOOLS', 'tube', 'flood', 'stroke_mask', 'Labels', 'Journal', 'pack_labels', 'unpack_labels', 'Pile', 'memory_of',
-           'learn_image', 'forget_image', 'new_bank', 'TeachTraits', 'Teacher', 'teach_do', 'apply_step', 'replay',
-           'teach_learn', 'teach_predict', 'one_sided', 'next_unlabelled', 'teach_planes', 'teach_show', 'teach_send',
-           'teach_state', 'teach_progress', 'save_labels', 'mask_files', 'teach_answer', 'teach_save', 'teach_picture',
-           'teach']
+           'learn_image', 'forget_image', 'new_bank', 'TeachTraits', 'TeachState', 'Teacher', 'teach_do', 'apply_step',
+           'replay', 'teach_learn', 'teach_predict', 'one_sided', 'next_unlabelled', 'teach_planes', 'teach_show',
+           'teach_send', 'teach_state', 'teach_progress', 'save_labels', 'mask_files', 'teach_answer', 'teach_save',
+           'teach_picture', 'teach']
 
-# %% ../nbs/api/21_teach.ipynb #acee6281
+# %% ../nbs/api/21_teach.ipynb #78376733
 import base64
 import hashlib
 import json
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +30,9 @@ from .core import AoiError, write_json
 from .data import class_names, fill_polygon, mask_format_of, native_item, to_unit, write_mask
 from .retrieval import MemoryBank, remember_image
 from .show import Picture, taught
-from .widgets import Handle, Planes, TraitValueError, as_picture, page_module, shrink
+from .widgets import Handle, Planes, TraitValueError, as_picture, page_module
 
-# %% ../nbs/api/21_teach.ipynb #8d3c6dae
+# %% ../nbs/api/21_teach.ipynb #c6b0938d
 TOOLS = ("brush", "line", "circle", "polygon", "flood", "eraser")
 
 
@@ -57,7 +56,7 @@ def tube(
             found[int(y), int(x)] = True
     return found
 
-# %% ../nbs/api/21_teach.ipynb #d2469141
+# %% ../nbs/api/21_teach.ipynb #be545132
 def flood(
     image: np.ndarray,  # (C, H, W) in [0, 1]
     x: float,  # pixels
@@ -100,10 +99,12 @@ def stroke_mask(
     else:
         found = tube(points, size, shape)
     if not found.any():
-        raise AoiError(f"The {tool} at {points[0]} covers no pixel of the image of {shape[0]} x {shape[1]}. Points are (x, y).")
+        raise AoiError(
+            f"The {tool} at {points[0]} covers no pixel of the image of {shape[0]} x {shape[1]}. Points are (x, y)."
+        )
     return found
 
-# %% ../nbs/api/21_teach.ipynb #7622fe6e
+# %% ../nbs/api/21_teach.ipynb #1e079442
 class Labels:
     "The labels of one image, with a memory of every change."
 
@@ -140,7 +141,7 @@ class Labels:
         self.mask[:, box[0], box[1]], self.known[box] = step[which]
         return True
 
-# %% ../nbs/api/21_teach.ipynb #da0cc4ca
+# %% ../nbs/api/21_teach.ipynb #3eed8cb9
 class Journal:
     "A file of steps, one JSON object a line; the first says what the classes are. Without a path nothing is kept."
 
@@ -163,7 +164,9 @@ class Journal:
         except ValueError as e:
             raise AoiError(f"{self.path} is no journal of teach ({e}). Choose another file for the journal.") from e
         if first != head:
-            raise AoiError(f"{self.path} was begun with {first}; this session has {head}. Use the same classes, or another journal.")
+            raise AoiError(
+                f"{self.path} was begun with {first}; this session has {head}. Use the same classes, or another journal."
+            )
         if len(whole) < len(lines):
             self.path.write_text("".join(whole), encoding="utf-8")
         yield from steps
@@ -193,7 +196,7 @@ def unpack_labels(
     planes = bits[: (count + 1) * shape[0] * shape[1]].reshape(count + 1, *shape).astype(bool)
     return planes[:-1], planes[-1]
 
-# %% ../nbs/api/21_teach.ipynb #4bea7cd9
+# %% ../nbs/api/21_teach.ipynb #3fce49a6
 class Pile:
     "Images by number: a dataset, a mapping from names to images, or a list of images."
 
@@ -205,11 +208,17 @@ class Pile:
         if isinstance(images, Dataset):
             self.names, self.devices = list(images["stem"]), list(images["device"])
         else:
-            pairs = list(images.items()) if isinstance(images, Mapping) else [(f"image_{i:02}", v) for i, v in enumerate(images)]
+            pairs = (
+                list(images.items())
+                if isinstance(images, Mapping)
+                else [(f"image_{i:02}", v) for i, v in enumerate(images)]
+            )
             self.source = {n: v for n, v in (as_picture(v, n) for n, v in pairs)}
             self.names, self.devices = list(self.source), ["unknown"] * len(self.source)
         if not self.names or len(set(self.names)) < len(self.names):
-            raise AoiError(f"The images have the names {self.names[:5]}; one image at least, and a name of its own for each, was expected.")
+            raise AoiError(
+                f"The images have the names {self.names[:5]}; one image at least, and a name of its own for each, was expected."
+            )
 
     def image(self, index: int) -> np.ndarray:  # (C, H, W)
         "An image by its number."
@@ -233,7 +242,7 @@ class Pile:
                 self._read.pop(next(iter(self._read)))
         return self._read[index]
 
-# %% ../nbs/api/21_teach.ipynb #e359ac93
+# %% ../nbs/api/21_teach.ipynb #ad98fb91
 @contextmanager
 def memory_of(
     encoder: object,  # an Encoder; as it was afterwards
@@ -258,7 +267,7 @@ def memory_of(
     finally:
         del encoder.encode
 
-# %% ../nbs/api/21_teach.ipynb #f59ec568
+# %% ../nbs/api/21_teach.ipynb #0ee30233
 def learn_image(
     bank: MemoryBank,  # changed in place
     name: str,  # of the image; what the bank knew of it is replaced
@@ -275,7 +284,9 @@ def learn_image(
     for part, more in tensors.items():
         setattr(bank, part, torch.cat([getattr(bank, part), more.to(bank.keys.device)]))
     shown = [c for c, m in zip(bank.classes, labels.mask & labels.known, strict=True) if m.any()]
-    bank.images.append({"stem": name, "device": device, "height": mask.shape[1], "width": mask.shape[2], "classes": shown})
+    bank.images.append(
+        {"stem": name, "device": device, "height": mask.shape[1], "width": mask.shape[2], "classes": shown}
+    )
 
 
 def forget_image(
@@ -291,7 +302,7 @@ def forget_image(
     for part in ("keys", "values", "known", "image", "y", "x"):
         setattr(bank, part, getattr(bank, part)[keep])
     bank.image = bank.image - (bank.image > number).to(bank.image)
-    bank.image_keys = torch.cat([bank.image_keys[:number], bank.image_keys[number + 1:]])
+    bank.image_keys = torch.cat([bank.image_keys[:number], bank.image_keys[number + 1 :]])
     del bank.images[number]
 
 
@@ -305,7 +316,7 @@ def new_bank(
     tensors = remember_image({**blank, "ignore": ~blank["mask"]}, encoder)
     return MemoryBank(encoder, classes, {n: t[:0] for n, t in tensors.items()}, [])
 
-# %% ../nbs/api/21_teach.ipynb #8d8c1d84
+# %% ../nbs/api/21_teach.ipynb #08b932b2
 class TeachTraits(Handle):
     "What the page of `teach` shows and changes."
 
@@ -338,11 +349,11 @@ class TeachTraits(Handle):
             raise TraitValueError(f"index={proposal['value']}; there are {len(self.names)} images. Count from 0.")
         return proposal["value"]
 
-# %% ../nbs/api/21_teach.ipynb #7c26e5ae
-class Teacher(TeachTraits):
-    "The widget of `teach`; `labels`, `known`, `prediction` and `bank` are what it has come to."
+# %% ../nbs/api/21_teach.ipynb #2c27e546
+class TeachState(TeachTraits):
+    "What a session of `teach` has come to: `labels`, `known`, `prediction`, `bank`, `progress`."
 
-    def __init__(self, pile, encoder, bank, classes, *, out=None, mask_format="classes", journal=None, suggest=None, **traits):  # see `teach`
+    def __init__(self, pile, encoder, bank, classes, *, out, mask_format, journal, suggest, **traits):  # see `teach`
         self.pile, self.encoder, self.suggester = pile, encoder, suggest or next_unlabelled
         self.out, self.mask_format, self.written = out, mask_format, set()
         self.bank = new_bank(encoder, classes) if bank is None else bank
@@ -350,8 +361,12 @@ class Teacher(TeachTraits):
         self._windows, self._labels, self._predicted, self._touched = {}, {}, {}, set()
         self.journal = Journal(journal, classes)
         super().__init__(
-            [Planes(pile.image(0), name=pile.names[0])], classes=classes, names=pile.names, brush=classes[0],
-            cuts=self.bank.thresholds.tolist(), **traits,
+            [Planes(pile.image(0), name=pile.names[0])],
+            classes=classes,
+            names=pile.names,
+            brush=classes[0],
+            cuts=self.bank.thresholds.tolist(),
+            **traits,
         )
         replay(self)
         teach_show(self)
@@ -383,9 +398,22 @@ class Teacher(TeachTraits):
         "A row for each image that has labels: stem, share labelled, share of each class, whether the bank has it."
         return teach_progress(self)
 
+# %% ../nbs/api/21_teach.ipynb #af39ee6e
+class Teacher(TeachState):
+    "The widget of `teach`: what the mouse does, as methods. Each gives the handle back, so that calls can be chained."
+
     def paint(self, class_name: str | None, tool: str, points: Sequence, **options) -> "Teacher":
         "Paint a class, `background`, or None (unlabelled again): points are (x, y); size, tolerance, only as the traits."
-        return teach_do(self, {"do": "paint", "class": class_name, "tool": tool, "points": [list(map(float, p)) for p in points], **options})
+        return teach_do(
+            self,
+            {
+                "do": "paint",
+                "class": class_name,
+                "tool": tool,
+                "points": [list(map(float, p)) for p in points],
+                **options,
+            },
+        )
 
     def undo(self) -> "Teacher":
         "Take the last step in this image back."
@@ -431,9 +459,9 @@ class Teacher(TeachTraits):
         "The static twin, `show.teach`."
         return teach_picture(self)
 
-# %% ../nbs/api/21_teach.ipynb #944e6537
+# %% ../nbs/api/21_teach.ipynb #5805c04b
 def teach_do(
-    handle: Teacher,  # changed
+    handle: TeachState,  # changed
     step: dict,  # do: paint, undo, redo, accept or rest; and what belongs to it
 ) -> Teacher:  # the same
     "Do a step in the image that is shown, note it, learn from it, and show it."
@@ -446,7 +474,10 @@ def _do(handle: Teacher, step: dict) -> None:
     if step["do"] == "paint":
         step = {"size": handle.size, "tolerance": handle.tolerance, "only": handle.only, **step}
     if step["do"] == "accept":
-        step |= {"do": "set", "labels": pack_labels(handle.prediction > np.array(handle.cuts, np.float32)[:, None, None], ~handle.known)}
+        step |= {
+            "do": "set",
+            "labels": pack_labels(handle.prediction > np.array(handle.cuts, np.float32)[:, None, None], ~handle.known),
+        }
     if apply_step(handle, handle.index, step):
         handle._touched.add(handle.index)
         handle.journal.write(step)
@@ -456,7 +487,7 @@ def _do(handle: Teacher, step: dict) -> None:
 
 
 def apply_step(
-    handle: Teacher,  # whose labels are changed
+    handle: TeachState,  # whose labels are changed
     index: int,  # of the image
     step: Mapping,  # as for `teach_do`; with do="set", labels from `pack_labels`
 ) -> bool:  # whether anything changed
@@ -472,10 +503,16 @@ def apply_step(
     else:
         name, options = step["class"], {n: step[n] for n in ("size", "tolerance") if n in step}
         if name not in (*handle.classes, "background", None):
-            raise AoiError(f"The class is {name!r}; one of {handle.classes}, 'background', or None to erase was expected.")
+            raise AoiError(
+                f"The class is {name!r}; one of {handle.classes}, 'background', or None to erase was expected."
+            )
         name = None if step["tool"] == "eraser" else name
         where = stroke_mask(handle.pile.image(index), step["tool"], step["points"], **options)
-        new = np.zeros_like(labels.mask[:, where]) if name in (None, "background") or step.get("only") else labels.mask[:, where]
+        new = (
+            np.zeros_like(labels.mask[:, where])
+            if name in (None, "background") or step.get("only")
+            else labels.mask[:, where]
+        )
         if name in handle.classes:
             new[handle.classes.index(name)] = True
         labels.change(where, new, name is not None)
@@ -483,7 +520,7 @@ def apply_step(
 
 
 def replay(
-    handle: Teacher,  # new
+    handle: TeachState,  # new
 ) -> None:
     "Do again what the journal says. Raises `AoiError` for an image that is not among those given."
     for step in handle.journal.steps:
@@ -500,17 +537,19 @@ def replay(
     if handle.journal.steps:
         handle.index = handle.names.index(handle.journal.steps[-1]["image"])
 
-# %% ../nbs/api/21_teach.ipynb #65adc759
+# %% ../nbs/api/21_teach.ipynb #aa20c471
 def teach_learn(
-    handle: Teacher,  # its bank is changed
+    handle: TeachState,  # its bank is changed
     index: int | None = None,  # of the image; None: the one that is shown
 ) -> None:
     "Put what is known of an image into the bank."
     index = handle.index if index is None else index
     labels = handle.labels_of(index)
-    with memory_of(handle.bank.encoder, handle._windows):
+    with handle._lock, memory_of(handle.bank.encoder, handle._windows):
         if labels.known.any():
-            learn_image(handle.bank, handle.names[index], handle.pile.image(index), labels, device=handle.pile.devices[index])
+            learn_image(
+                handle.bank, handle.names[index], handle.pile.image(index), labels, device=handle.pile.devices[index]
+            )
         else:
             forget_image(handle.bank, handle.names[index])
     handle._predicted.clear()
@@ -518,23 +557,24 @@ def teach_learn(
 
 
 def teach_predict(
-    handle: Teacher,  # has a bank
+    handle: TeachState,  # has a bank
     index: int,  # of the image
 ) -> np.ndarray:  # (K, H, W) probabilities
     "What the bank makes of an image; nothing while it is empty."
-    if index not in handle._predicted:
-        image = handle.pile.image(index)
-        if len(handle.bank.keys):
-            with memory_of(handle.bank.encoder, handle._windows):
-                handle._predicted[index] = handle.bank.predict(torch.as_tensor(image)[None])[0].clamp(0, 1).cpu().numpy()
-            handle._predicted[index][one_sided(handle)] = 0
-        else:
-            handle._predicted[index] = np.zeros((len(handle.classes), *image.shape[1:]), np.float32)
-    return handle._predicted[index]
+    with handle._lock:
+        if index not in handle._predicted:
+            image = handle.pile.image(index)
+            found = np.zeros((len(handle.classes), *image.shape[1:]), np.float32)
+            if len(handle.bank.keys):
+                with memory_of(handle.bank.encoder, handle._windows):
+                    found = handle.bank.predict(torch.as_tensor(image)[None])[0].clamp(0, 1).cpu().numpy()
+                found[one_sided(handle)] = 0
+            handle._predicted[index] = found
+        return handle._predicted[index]
 
 
 def one_sided(
-    handle: Teacher,  # whose bank has learned
+    handle: TeachState,  # whose bank has learned
 ) -> list[int]:  # numbers of classes
     "The classes of which the bank knows no pixel that is something else: it would find them everywhere."
     if handle.given:
@@ -544,7 +584,7 @@ def one_sided(
 
 
 def next_unlabelled(
-    handle: Teacher,  # whose images are looked through
+    handle: TeachState,  # whose images are looked through
     *,
     most: int = 16,  # images to compare
 ) -> int:  # number of the image
@@ -554,12 +594,15 @@ def next_unlabelled(
     bare = [i for i in order if not handle.labels_of(i).known.any()] or order
     if not hasattr(handle.bank, "novelty") or not len(handle.bank.keys):
         return bare[0]
-    new = {i: float(torch.as_tensor(handle.bank.novelty(torch.as_tensor(handle.pile.image(i)))).float().mean()) for i in bare[:most]}
+    new = {
+        i: float(torch.as_tensor(handle.bank.novelty(torch.as_tensor(handle.pile.image(i)))).float().mean())
+        for i in bare[:most]
+    }
     return max(new, key=new.get)
 
-# %% ../nbs/api/21_teach.ipynb #436250e6
+# %% ../nbs/api/21_teach.ipynb #bfc3cab1
 def teach_planes(
-    handle: Teacher,  # has labels and a prediction
+    handle: TeachState,  # has labels and a prediction
     index: int,  # of the image
     *,
     labels: bool,  # also the labels, and where they are known
@@ -573,12 +616,15 @@ def teach_planes(
 
 
 def teach_show(
-    handle: Teacher,  # its index has changed
+    handle: TeachState,  # its index has changed
 ) -> None:
     "Send the image and the next one to the page."
     after = (handle.index + 1) % len(handle.names)
     shown = [(handle.index, True), (after, False)]
-    planes = [Planes(handle.pile.image(i), name=handle.names[i], extra=teach_planes(handle, i, labels=own)) for i, own in shown]
+    planes = [
+        Planes(handle.pile.image(i), name=handle.names[i], extra=teach_planes(handle, i, labels=own))
+        for i, own in shown
+    ]
     handle._planes = {str(n): p for n, p in enumerate(planes)}
     with handle.hold_sync():
         handle.next_index = after
@@ -587,19 +633,19 @@ def teach_show(
 
 
 def teach_send(
-    handle: Teacher,  # something in it has changed
+    handle: TeachState,  # something in it has changed
 ) -> None:
     "Send the planes that may have changed to the page."
     for name, index, labels in (("0", handle.index, True), ("1", handle.next_index, False)):
         planes = handle._planes[name]
-        planes.data[planes.lights:] = teach_planes(handle, index, labels=labels)
+        planes.data[planes.lights :] = teach_planes(handle, index, labels=labels)
         message = {"kind": "update", "source": name, "stamp": planes.stamp, "start": planes.lights, "y": 0, "x": 0}
         handle.send(message | {"count": len(planes.data) - planes.lights}, buffers=planes.overview(start=planes.lights))
     teach_state(handle)
 
 
 def teach_state(
-    handle: Teacher,  # its `state` is set
+    handle: TeachState,  # its `state` is set
 ) -> None:
     "Send the numbers beside the picture."
     labels, bank = handle.labels_of(handle.index), handle.bank
@@ -609,26 +655,38 @@ def teach_state(
     marks = ["●" if i in handle._labels and handle._labels[i].known.any() else "" for i in range(len(handle.names))]
     predicted = (handle.prediction > cuts).mean((1, 2)).tolist() if len(bank.keys) else None
     handle.state = {
-        "shares": labels.mask.mean((1, 2)).tolist(), "unlabelled": float(1 - labels.known.mean()), "predicted": predicted,
-        "undo": bool(labels.done), "redo": bool(labels.undone), "marks": marks, "hint": hint,
-        "bank": f"The bank has {len(bank.images)} images, {len(bank.keys)} patches.",
+        "shares": labels.mask.mean((1, 2)).tolist(),
+        "unlabelled": float(1 - labels.known.mean()),
+        "predicted": predicted,
+        "undo": bool(labels.done),
+        "redo": bool(labels.undone),
+        "marks": marks,
+        "hint": hint,
+        "bank": f"In the bank: {len(bank.keys)} patches, images: {len(bank.images)}.",
     }
 
 
 def teach_progress(
-    handle: Teacher,  # with labels
+    handle: TeachState,  # with labels
 ) -> pd.DataFrame:  # stem, labelled, a share of pixels for each class, in_bank
     "How far each image is."
     rows, stems = [], {record["stem"] for record in handle.bank.images}
     for i, labels in sorted(handle._labels.items()):
         if labels.known.any():
             shares = dict(zip(handle.classes, labels.mask.mean((1, 2)).round(5).tolist(), strict=True))
-            rows.append({"stem": handle.names[i], "labelled": round(float(labels.known.mean()), 5), **shares, "in_bank": handle.names[i] in stems})
+            rows.append(
+                {
+                    "stem": handle.names[i],
+                    "labelled": round(float(labels.known.mean()), 5),
+                    **shares,
+                    "in_bank": handle.names[i] in stems,
+                }
+            )
     return pd.DataFrame(rows)
 
-# %% ../nbs/api/21_teach.ipynb #76956921
+# %% ../nbs/api/21_teach.ipynb #e55b38c8
 def save_labels(
-    handle: Teacher,  # with labels
+    handle: TeachState,  # with labels
     out: str | Path | None,  # folder
     *,
     overwrite: bool = False,  # replace files that are there already
@@ -636,15 +694,25 @@ def save_labels(
     "Write the masks of the images that were labelled here. Raises `AoiError` before the first if a file is in the way."
     touched = [i for i in sorted(handle._touched) if handle.labels_of(i).known.any()]
     if out is None or not touched:
-        raise AoiError("There is no label to save. Paint some." if out is not None else "Where to? Pass a folder: save('masks'), or teach(..., out='masks').")
+        where = "Where to? Pass a folder: save('masks'), or teach(..., out='masks')."
+        raise AoiError(where if out is None else "There is no label to save. Paint some.")
     out, suffix = Path(out), mask_format_of(handle.mask_format).suffix
     paths = {i: out / f"{handle.names[i]}{suffix}" for i in touched}
-    there = [p for path in paths.values() for p in mask_files(path, handle.classes, handle.mask_format) if p.exists() and p not in handle.written]
+    there = [
+        p
+        for path in paths.values()
+        for p in mask_files(path, handle.classes, handle.mask_format)
+        if p.exists() and p not in handle.written
+    ]
     head = {"classes": handle.classes, "mask_format": handle.mask_format}
     if (out / "classes.json").exists() and json.loads((out / "classes.json").read_text()) != head:
-        raise AoiError(f"{out / 'classes.json'} names other classes or another format than {head}. Choose another folder.")
+        raise AoiError(
+            f"{out / 'classes.json'} names other classes or another format than {head}. Choose another folder."
+        )
     if there and not overwrite:
-        raise AoiError(f"{len(there)} masks are there already, the first is {there[0]}. Pass overwrite=True, or choose another folder.")
+        raise AoiError(
+            f"{len(there)} masks are there already, the first is {there[0]}. Pass overwrite=True, or choose another folder."
+        )
     rows = []
     for i, path in paths.items():
         labels = handle.labels_of(i)
@@ -669,9 +737,9 @@ def mask_files(
         return [path]
     return [path.with_name(f"{path.stem}_{c}{path.suffix}") for c in (*classes, "ignore")]
 
-# %% ../nbs/api/21_teach.ipynb #866fc0a9
+# %% ../nbs/api/21_teach.ipynb #c2d9abaf
 def teach_answer(
-    handle: Teacher,  # asked
+    handle: TeachState,  # asked
     content: Mapping,  # kind, and what belongs to it
 ) -> None:
     "Do what the page asks; a stroke is answered even if it fails, so that its trace disappears."
@@ -695,7 +763,7 @@ def teach_answer(
 
 
 def teach_save(
-    handle: Teacher,  # with labels
+    handle: TeachState,  # with labels
     *,
     overwrite: bool,  # the user has said so
 ) -> None:
@@ -712,15 +780,17 @@ def teach_save(
 
 
 def teach_picture(
-    handle: Teacher,  # what is shown
+    handle: TeachState,  # what is shown
 ) -> Picture:  # the figure
     "What the widget shows, as a figure."
     cuts = np.array(handle.cuts, np.float32)[:, None, None]
     both = [(i, teach_predict(handle, i) > cuts) for i in (handle.index, handle.next_index)]
-    items = [(handle.names[i], handle.pile.image(i), handle.labels_of(i).mask, handle.labels_of(i).known, p) for i, p in both]
+    items = [
+        (handle.names[i], handle.pile.image(i), handle.labels_of(i).mask, handle.labels_of(i).known, p) for i, p in both
+    ]
     return taught(items, handle.classes, light=handle.light, stretch=handle.stretch, opacity=handle.opacity)
 
-# %% ../nbs/api/21_teach.ipynb #c227a8fa
+# %% ../nbs/api/21_teach.ipynb #a1c21304
 def teach(
     images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
     encoder: object,  # an Encoder
@@ -729,7 +799,9 @@ def teach(
     *,
     out: str | Path | None = None,  # folder for the masks
     mask_format: str = "classes",  # a format of `data.write_mask` that can hold ignored pixels
-    journal: str | Path | None = None,  # file that every step is written to; None: teach.jsonl in `out`, if there is one
+    journal: str
+    | Path
+    | None = None,  # file that every step is written to; None: teach.jsonl in `out`, if there is one
     suggest: Callable[[Teacher], int] | None = None,  # which image to label next; None: `next_unlabelled`
     index: int = 0,  # of the image to begin with
     learning: bool = True,  # learn from each stroke
@@ -742,9 +814,14 @@ def teach(
     if classes is None:
         classes = bank.classes if bank is not None else class_names(images) if isinstance(images, Dataset) else None
     if not classes or (bank is not None and list(bank.classes) != list(classes)):
-        raise AoiError(f"The classes are {classes}, those of the bank {bank and bank.classes}; the same names were expected. Pass classes=[...].")
+        raise AoiError(
+            f"The classes are {classes}, those of the bank {bank and bank.classes}; the same names were expected. Pass "
+            "classes=[...]."
+        )
     if journal is None and out is not None:
         journal = Path(out) / "teach.jsonl"
     look = {"learning": learning, "light": light, "stretch": stretch, "opacity": opacity}
-    handle = Teacher(pile, encoder, bank, list(classes), out=out, mask_format=mask_format, journal=journal, suggest=suggest, **look)
+    handle = Teacher(
+        pile, encoder, bank, list(classes), out=out, mask_format=mask_format, journal=journal, suggest=suggest, **look
+    )
     return handle.go(index) if index else handle

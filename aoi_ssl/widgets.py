@@ -7,7 +7,7 @@ __all__ = ['TILE', 'OVERVIEW', 'SCALES', 'page_module', 'page_style', 'shrink', 
            'TraitValueError', 'wrong_trait', 'Handle', 'shown_in', 'scale_tables', 'mime_bundle', 'BankPictures',
            'bank_mask', 'BankTraits']
 
-# %% ../nbs/api/18_widgets.ipynb #40ed26fb
+# %% ../nbs/api/18_widgets.ipynb #a67447de
 import re
 import threading
 import traceback
@@ -32,12 +32,14 @@ from .core import AoiError
 from .retrieval import patch_masks
 from .show import Picture, _image, class_colour, false_colour, image_of, thumbnail
 
-# %% ../nbs/api/18_widgets.ipynb #ee60a81a
+# %% ../nbs/api/18_widgets.ipynb #954da652
 def page_module(
     name: str,  # of a file in aoi_ssl/static, without .js
 ) -> str:  # one ES module
     "The JavaScript of a widget, what all widgets share included."
-    shared, own = ((resources.files("aoi_ssl") / "static" / f"{n}.js").read_text(encoding="utf-8") for n in ("base", name))
+    shared, own = (
+        (resources.files("aoi_ssl") / "static" / f"{n}.js").read_text(encoding="utf-8") for n in ("base", name)
+    )
     shared = re.sub(r"^export \{[^}]*\};\n", "", shared, flags=re.M)
     shared = re.sub(r"^export (?=(?:async )?(?:function|class|const))", "", shared, flags=re.M)
     return shared + re.sub(r'^import \{[^}]*\} from "\./base\.js";\n', "", own, flags=re.M)
@@ -47,7 +49,7 @@ def page_style() -> str:  # CSS
     "The look of all widgets: it follows the theme of JupyterLab, VS Code or the system."
     return (resources.files("aoi_ssl") / "static" / "widgets.css").read_text(encoding="utf-8")
 
-# %% ../nbs/api/18_widgets.ipynb #f3242c08
+# %% ../nbs/api/18_widgets.ipynb #d9ba1170
 TILE, OVERVIEW = 512, 1024  # side of a tile, and the most that the larger side of an overview has, pixels
 
 
@@ -63,7 +65,7 @@ def shrink(
     most = functional.max_pool2d(planes[None, lights:], times, ceil_mode=True)[0] if lights < len(planes) else mean[:0]
     return torch.cat([mean, most])
 
-# %% ../nbs/api/18_widgets.ipynb #f8982b50
+# %% ../nbs/api/18_widgets.ipynb #0054437d
 def encode_planes(
     planes: np.ndarray,  # (C, h, w) uint8
 ) -> list[bytes]:  # ceil(C / 3) PNG files
@@ -77,7 +79,7 @@ def encode_planes(
         files.append(buffer.getvalue())
     return files
 
-# %% ../nbs/api/18_widgets.ipynb #9749de9e
+# %% ../nbs/api/18_widgets.ipynb #4f8f140e
 class Planes:
     "One picture for the page: its lights, then planes of masks or probabilities, cut into tiles on demand."
 
@@ -128,7 +130,7 @@ class Planes:
             part = shrink(torch.from_numpy(part).float(), 2**level, max(0, self.lights - start)).round().byte().numpy()
         return encode_planes(part)
 
-# %% ../nbs/api/18_widgets.ipynb #5ceb0e39
+# %% ../nbs/api/18_widgets.ipynb #aeb1f747
 def as_picture(
     value: object,  # (C, H, W) in [0, 1]; or a row of a dataset
     name: str,  # what it is called if it brings no name
@@ -136,11 +138,13 @@ def as_picture(
     "An image and its name. Raises `AoiError` if it is none."
     if isinstance(value, Mapping):
         if "image" not in value:
-            raise AoiError(f"{name} has {sorted(value)}; a row with an image was expected. Pass dataset[i], or an array.")
+            raise AoiError(
+                f"{name} has {sorted(value)}; a row with an image was expected. Pass dataset[i], or an array."
+            )
         return str(value.get("stem", name)), _image(value["image"], name)
     return name, _image(value, name)
 
-# %% ../nbs/api/18_widgets.ipynb #91769f2e
+# %% ../nbs/api/18_widgets.ipynb #3a952025
 class TraitValueError(AoiError, traitlets.TraitError):
     "A value that a trait does not take: the old one stays, also where several are set at once."
 
@@ -153,7 +157,7 @@ def wrong_trait() -> Iterator[None]:  # use it in a `with` statement, in a valid
     except AoiError as e:
         raise TraitValueError(str(e)) from None
 
-# %% ../nbs/api/18_widgets.ipynb #04ff952d
+# %% ../nbs/api/18_widgets.ipynb #defad371
 SCALES = ("viridis", "cividis", "magma")  # colour scales, all of rising lightness and safe for the colour-blind
 
 
@@ -213,7 +217,7 @@ class Handle(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: object) -> dict:
         return mime_bundle(self)
 
-# %% ../nbs/api/18_widgets.ipynb #ca87c283
+# %% ../nbs/api/18_widgets.ipynb #f1d3970a
 @contextmanager
 def shown_in(
     handle: Handle,  # whose error area says what happened
@@ -236,17 +240,23 @@ def scale_tables() -> dict[str, bytes]:  # name -> 256 colours of 3 bytes
     steps = np.arange(256)
     return {name: (colormaps[name](steps)[:, :3] * 255).round().astype(np.uint8).tobytes() for name in SCALES}
 
-# %% ../nbs/api/18_widgets.ipynb #237f9894
+# %% ../nbs/api/18_widgets.ipynb #a3f17ed7
 def mime_bundle(
     handle: Handle,  # what is displayed
 ) -> dict:  # kinds of content -> content
     "The widget, its static picture, and the picture in words."
-    bundle = {"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 1, "model_id": handle.model_id}}
+    bundle = {
+        "application/vnd.jupyter.widget-view+json": {
+            "version_major": 2,
+            "version_minor": 1,
+            "model_id": handle.model_id,
+        }
+    }
     figure = handle.picture()
     png = b64encode(figure._repr_png_()).decode()
     return bundle | {"image/png": png, "text/plain": figure.alt}
 
-# %% ../nbs/api/18_widgets.ipynb #d41569dc
+# %% ../nbs/api/18_widgets.ipynb #a08c1560
 class BankPictures:
     "The patches of a bank as pictures."
 
@@ -286,7 +296,7 @@ class BankPictures:
         planes = Planes(image, name=row["stem"], extra=mask.astype(np.uint8) * 255)
         return planes, {n: row[n] for n in ("key", "stem", "y", "x")} | {"side": self.bank.encoder.patch_size}
 
-# %% ../nbs/api/18_widgets.ipynb #186af5ae
+# %% ../nbs/api/18_widgets.ipynb #da36d08a
 def bank_mask(
     bank: object,  # a MemoryBank
     stem: str,  # of an image in it
@@ -296,11 +306,13 @@ def bank_mask(
     rows, record, p = (bank.image == number).nonzero().flatten(), bank.images[number], bank.encoder.patch_size
     sides = [record[s] + 2 * p for s in ("height", "width")]  # patches may reach beyond the image
     mask = np.zeros((len(bank.classes), *sides), bool)
-    for y, x, m in zip(bank.y[rows].tolist(), bank.x[rows].tolist(), patch_masks(bank, rows).cpu().numpy(), strict=True):
-        mask[:, p + y:2 * p + y, p + x:2 * p + x] |= m
-    return mask[:, p:p + record["height"], p:p + record["width"]]
+    for y, x, m in zip(
+        bank.y[rows].tolist(), bank.x[rows].tolist(), patch_masks(bank, rows).cpu().numpy(), strict=True
+    ):
+        mask[:, p + y : 2 * p + y, p + x : 2 * p + x] |= m
+    return mask[:, p : p + record["height"], p : p + record["width"]]
 
-# %% ../nbs/api/18_widgets.ipynb #6d507a54
+# %% ../nbs/api/18_widgets.ipynb #2cd3e72e
 class BankTraits(Handle):
     "Neighbours in a bank, as the page shows them; a click shows one in its place. `pictures` is a `BankPictures` or None."
 
@@ -327,5 +339,7 @@ class BankTraits(Handle):
                 raise AoiError(f"Patch {content['key']} is no neighbour any more. Choose one of those shown.")
             self._planes["place_0"], place = self.pictures.place(row)
             with self.hold_sync():
-                self.place_sources, self.place_overviews = ([f()] for f in (self._planes["place_0"].meta, self._planes["place_0"].overview))
+                self.place_sources, self.place_overviews = (
+                    [f()] for f in (self._planes["place_0"].meta, self._planes["place_0"].overview)
+                )
                 self.place = place

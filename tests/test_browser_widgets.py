@@ -80,8 +80,9 @@ class Bench:
     def ask(self, index: int = 1, until=None):
         "Run the cell that prints JSON; with `until`, again and again until that is true of the answer."
         for _ in range(60):
-            answer = json.loads(self.run(index))
-            if until is None or until(answer):
+            text = self.run(index)
+            answer = json.loads(text) if text.strip() else None  # its output may come after its number
+            if answer is not None and (until is None or until(answer)):
                 return answer
             time.sleep(0.2)
         raise AssertionError(str(answer)[:1000])
@@ -95,7 +96,9 @@ class Bench:
 
     def js(self, code: str, arg=None):
         "Evaluate in the page, with `w` as the widget's own object."
-        return self.page.evaluate(f"(arg) => {{ const w = document.querySelector('.jp-Notebook .aoi').parentElement.aoi; {code} }}", arg)
+        return self.page.evaluate(
+            f"(arg) => {{ const w = document.querySelector('.jp-Notebook .aoi').parentElement.aoi; {code} }}", arg
+        )
 
     def settle(self):
         "Wait until two frames are drawn."
@@ -144,7 +147,9 @@ def bench(lab, visit):
 # explore
 
 
-BANK = SETUP + """
+BANK = (
+    SETUP
+    + """
 from aoi_ssl.retrieval import MemoryBank, remember_image
 
 def small_bank(seeds):
@@ -160,11 +165,15 @@ def small_bank(seeds):
 
 bank, bank_images = small_bank([3, 4])
 """
-EXPLORE = BANK + """
+)
+EXPLORE = (
+    BANK
+    + """
 from aoi_ssl.explore import explore
 handle = explore(image, encoder, bank, others=[look(3, 1)[0], look(4)[0]], bank_images=bank_images)
 handle
 """
+)
 ASK_EXPLORE = """
 import json
 found = handle.similarity
@@ -296,7 +305,9 @@ def test_explore_large_and_dark(bench):
 # inspect
 
 
-INSPECT = BANK + """
+INSPECT = (
+    BANK
+    + """
 from aoi_ssl.encoder import PixelEncoder
 from aoi_ssl.inspect import inspect
 fine = PixelEncoder(channels=2, patch_size=8, mean=image.mean((1, 2)), std=image.std((1, 2)))
@@ -306,6 +317,7 @@ handle = inspect({"image": image, "stem": "acme_d003_00", "mask": mask, "ignore"
                  bank_images=bank_images)
 handle
 """
+)
 ASK_INSPECT = """
 import json
 names = ("thresholds", "overlay", "error", "shown", "pixel", "why", "view", "place")
@@ -371,12 +383,15 @@ def test_inspect(bench):
 # teach
 
 
-TEACH = SETUP + """
+TEACH = (
+    SETUP
+    + """
 from aoi_ssl.teach import teach
 images = {f"acme_d003_{i:02}": look(3, i)[0] for i in range(3)}
 handle = teach(images, encoder, classes=CLASSES, out="taught")
 handle
 """
+)
 ASK_TEACH = """
 import json, pathlib
 names = ("index", "tool", "brush", "error", "question", "state")
@@ -388,12 +403,16 @@ print(json.dumps({n: getattr(handle, n) for n in names} | {
 
 def bonds(seed: int = 3) -> dict[str, list]:
     "Centres (y, x) of the parts of each class in the image that is painted."
-    from aoi_ssl.synthetic import CLASSES, render
     from scipy import ndimage
+
+    from aoi_ssl.synthetic import CLASSES, render
 
     mask = render(seed, 0, size=512).mask
     parts = {name: ndimage.label(m) for name, m in zip(CLASSES, mask, strict=True)}
-    return {n: [(float(y) + 0.5, float(x) + 0.5) for y, x in ndimage.center_of_mass(m > 0, m, range(1, k + 1))] for n, (m, k) in parts.items()}
+    return {
+        n: [(float(y) + 0.5, float(x) + 0.5) for y, x in ndimage.center_of_mass(m > 0, m, range(1, k + 1))]
+        for n, (m, k) in parts.items()
+    }
 
 
 def drag(b, *points: tuple[float, float]) -> None:
@@ -407,7 +426,9 @@ def drag(b, *points: tuple[float, float]) -> None:
 
 def test_teach(bench):
     "Paint a wedge: the trait, the pixels and the prediction change; tools, undo, accept, save, restart."
-    b = bench("teach.ipynb", TEACH, ASK_TEACH, "handle.paint('epoxy', 'circle', [(40, 40), (60, 40)]); None", height=1000)
+    b = bench(
+        "teach.ipynb", TEACH, ASK_TEACH, "handle.paint('epoxy', 'circle', [(40, 40), (60, 40)]); None", height=1000
+    )
     b.run(0)
     b.widget()
     assert b.ask()["known"] == 0
@@ -425,7 +446,9 @@ def test_teach(bench):
     before = b.colours([(y, x)])
     drag(b, (y, x - 4), (y, x + 4))
     answer = b.ask(until=lambda a: a["labels"][2] > 0 and a["predicted"][2])
-    assert 30 < answer["labels"][2] < 120 and answer["predicted"][2] > 0 and answer["error"] == "", "a wedge is predicted"
+    assert 30 < answer["labels"][2] < 120 and answer["predicted"][2] > 0 and answer["error"] == "", (
+        "a wedge is predicted"
+    )
     b.page.wait_for_function("() => document.querySelector('.jp-Notebook .aoi').parentElement.aoi.pending.size === 0")
     b.settle()
     after = b.colours([(y, x)]).astype(int)
@@ -463,7 +486,9 @@ def test_teach(bench):
     for key in ("e", "b", "f", "2", "]", "ArrowRight", "Enter"):
         b.page.keyboard.press(key)
     answer = b.ask(until=lambda a: a["tool"] == "flood" and a["brush"] == "ball")
-    assert b.page.locator(".jp-Notebook .jp-CodeCell").count() == cells, "a key of the widget was taken for one of the notebook"
+    assert b.page.locator(".jp-Notebook .jp-CodeCell").count() == cells, (
+        "a key of the widget was taken for one of the notebook"
+    )
     b.run(2)
     b.page.get_by_role("button", name="Accept").click()
     b.ask(until=lambda a: a["known"] == 512 * 512)
@@ -475,10 +500,14 @@ def test_teach(bench):
     b.page.locator(".aoi-pager").get_by_role("button", name="Next image (N)").click()
     answer = b.ask(until=lambda a: a["index"] == 1)
     assert answer["known"] == 0 and sum(answer["predicted"]) > 0
-    b.page.wait_for_function("() => document.querySelector('.jp-Notebook .aoi .aoi-main figcaption').innerText.includes('d003_01')")
+    b.page.wait_for_function(
+        "() => document.querySelector('.jp-Notebook .aoi .aoi-main figcaption').innerText.includes('d003_01')"
+    )
     b.shoot("teach-next")
 
-    b.run(0)  # a new session with the same journal: everything is there again, and what is saved is not replaced unasked
+    b.run(
+        0
+    )  # a new session with the same journal: everything is there again, and what is saved is not replaced unasked
     b.page.wait_for_timeout(300)
     b.widget()
     answer = b.ask(until=lambda a: a["index"] == 0)
@@ -488,6 +517,60 @@ def test_teach(bench):
     b.shoot("teach-question")
     b.page.get_by_role("button", name="Save nothing").click()
     assert b.ask(until=lambda a: not a["question"])["error"] == ""
+
+
+# watch
+
+
+WATCH = (
+    SETUP
+    + """
+import pandas as pd
+from aoi_ssl.encoder import ViTEncoder, mae_config, new_vit
+from aoi_ssl.pretrain import Pretrained
+from aoi_ssl.watch import watch
+from transformers import ViTMAEForPreTraining
+mae = new_vit(mae_config("nano", image_size=64), model=ViTMAEForPreTraining).eval()
+steps = np.arange(1500)
+rng = np.random.default_rng(0)
+loss = 0.4 + np.exp(-steps / 300) + rng.normal(0, 0.05, 1500)
+history = pd.DataFrame({"step": steps, "seconds": steps * 0.2, "lr": 1e-3, "loss": loss})
+history.loc[99::100, "validation_loss"] = 0.45 + np.exp(-steps[99::100] / 300)
+history.loc[99::100, "validation_score"] = 0.8 - np.exp(-steps[99::100] / 300)
+run = Pretrained(ViTEncoder(mae.vit, mean=image.mean((1, 2)), std=image.std((1, 2))), mae, history)
+handle = watch(run, image, held=(256, 256))
+handle
+"""
+)
+ASK_WATCH = """
+import json
+names = ("mask_ratio", "held", "log", "error", "status")
+print(json.dumps({n: getattr(handle, n) for n in names} | {"hidden": handle.rebuilt.hidden.float().mean().item()}))
+"""
+
+
+def test_watch(bench):
+    "Curves; the mask ratio redraws; a click changes the patch that is followed."
+    b = bench("watch.ipynb", WATCH, ASK_WATCH, height=1500)
+    b.run(0)
+    b.widget()
+    assert b.page.locator(".aoi-chart").count() == 2
+    b.shoot("watch-before")
+    slider = b.page.get_by_role("slider", name="Mask ratio")
+    before = b.colours([(y, x) for y in range(8, 512, 16) for x in range(8, 512, 16)], "w.pictures[1].viewer")
+    slider.fill("0.3")
+    slider.dispatch_event("change")
+    answer = b.ask(until=lambda a: a["mask_ratio"] == 0.3)
+    assert abs(answer["hidden"] - 0.3) < 0.05 and answer["error"] == ""
+    b.page.wait_for_timeout(500)
+    after = b.colours([(y, x) for y in range(8, 512, 16) for x in range(8, 512, 16)], "w.pictures[1].viewer")
+    assert (np.ptp(after.astype(int), axis=0) > 0).all() and np.abs(after.astype(int) - before.astype(int)).mean() > 5
+    b.page.locator(".aoi-section canvas").last.scroll_into_view_if_needed()
+    b.page.mouse.click(*b.at(100, 300, "w.times[1].viewer"))
+    assert b.ask(until=lambda a: a["held"] != [256, 256])["error"] == ""
+    b.page.get_by_role("button", name="Logarithmic").click()
+    assert b.ask(until=lambda a: a["log"])["log"]
+    b.shoot("watch-after")
 
 
 # saved

@@ -13,17 +13,19 @@ from PIL import Image
 
 from aoi_ssl import show, widgets
 from aoi_ssl.core import AoiError
-from aoi_ssl.encoder import PixelEncoder, ViTEncoder
+from aoi_ssl.encoder import PixelEncoder, ViTEncoder, mae_config, new_vit
 from aoi_ssl.explore import Explorer, explore
 from aoi_ssl.inspect import inspect, threshold_curves
 from aoi_ssl.metrics import binary_counts
 from aoi_ssl.predict import Segmenter
+from aoi_ssl.pretrain import Pretrained
 from aoi_ssl.retrieval import MemoryBank, remember_image
 from aoi_ssl.teach import Labels, stroke_mask, teach
+from aoi_ssl.watch import chart_series, watch
 from aoi_ssl.widgets import bank_mask
 
 CLASSES = ["wire", "ball", "wedge", "epoxy"]
-WIDGETS = ["explore", "inspect", "teach"]
+WIDGETS = ["explore", "inspect", "teach", "watch"]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +198,12 @@ def test_errors_of_the_page_are_shown_and_the_state_holds(scene, encoder):
 
 def test_explore_and_its_twin_draw_the_same(scene, encoder, bank):
     images = scene[0]
-    options = {"others": [images[1]], "held": [(8, 8), (20, 20)], "bank_images": {"b_01": images[1]}, "colours": "cividis"}
+    options = {
+        "others": [images[1]],
+        "held": [(8, 8), (20, 20)],
+        "bank_images": {"b_01": images[1]},
+        "colours": "cividis",
+    }
     handle = explore(images[0], encoder, bank, **options)
     live, still = handle.picture(), show.explore(images[0], encoder, bank, **options)
     pixels = [np.asarray(Image.open(io.BytesIO(f._repr_png_())).convert("RGB")).astype(int) for f in (live, still)]
@@ -230,7 +237,10 @@ class Known(Segmenter):
 def segmenters(scene):
     generator = torch.Generator().manual_seed(0)
     truth = scene[1][0].float()
-    return {n: Known((truth * 0.5 + a * torch.rand(truth.shape, generator=generator)).clamp(0, 1)) for n, a in (("a", 0.4), ("b", 0.5))}
+    return {
+        n: Known((truth * 0.5 + a * torch.rand(truth.shape, generator=generator)).clamp(0, 1))
+        for n, a in (("a", 0.4), ("b", 0.5))
+    }
 
 
 def test_scores_follow_the_thresholds_exactly(scene, segmenters):
@@ -307,8 +317,15 @@ def test_inspect_and_its_twin_draw_the_same(scene, segmenters):
 
 def test_curves_of_a_hand_computed_case():
     p = torch.tensor([[[0.2, 0.4, 0.6, 0.8]]])
-    found = threshold_curves(p, torch.tensor([[[False, True, True, True]]]), torch.tensor([[[False, False, False, True]]]))[0]
-    assert found["iou"][10] == round(2 / 3, 4) and found["iou"][30] == 1 and found["iou"][50] == 0.5 and found["recall"][70] == 0
+    found = threshold_curves(
+        p, torch.tensor([[[False, True, True, True]]]), torch.tensor([[[False, False, False, True]]])
+    )[0]
+    assert (
+        found["iou"][10] == round(2 / 3, 4)
+        and found["iou"][30] == 1
+        and found["iou"][50] == 0.5
+        and found["recall"][70] == 0
+    )
 
 
 # teach
@@ -328,7 +345,13 @@ def test_strokes_cover_what_they_say():
     assert np.argwhere(square).min(0).tolist() == [3, 2] and square.sum() == 36
     image[:, 5:9, 5:9] = 1
     assert (stroke_mask(image, "flood", [(6, 6)]) == (image[0] > 0)).all()
-    for wrong in (("line", [(1, 1)]), ("polygon", [(1, 1), (2, 2)]), ("spray", [(1, 1)]), ("brush", [(-5, -5)]), ("flood", [(99, 1)])):
+    for wrong in (
+        ("line", [(1, 1)]),
+        ("polygon", [(1, 1), (2, 2)]),
+        ("spray", [(1, 1)]),
+        ("brush", [(-5, -5)]),
+        ("flood", [(99, 1)]),
+    ):
         with pytest.raises(AoiError):
             stroke_mask(image, *wrong)
 
@@ -375,7 +398,9 @@ def test_a_patch_that_is_taught_is_found_in_the_next_image(pair, encoder, scene)
         handle.paint("wedge", "polygon", [(x, y), (x + 8, y), (x + 8, y + 8), (x, y + 8)])
     handle.rest().learn()
     handle.go(1)
-    assert ((handle.prediction[2] > 0.5) == masks[1][2].numpy()).all() and not (handle.prediction[[0, 1, 3]] > 0.5).any()
+    assert ((handle.prediction[2] > 0.5) == masks[1][2].numpy()).all() and not (
+        handle.prediction[[0, 1, 3]] > 0.5
+    ).any()
     handle.accept()
     assert handle.known.all() and (handle.labels[2] == masks[1][2].numpy()).all()
     assert handle.progress.stem.tolist() == ["one", "two"] and handle.suggest() == 0
@@ -389,7 +414,9 @@ def test_the_journal_survives_the_kernel(pair, encoder, tmp_path):
     after = teach(pair, encoder, **options)
     assert after.index == 1
     for i in range(2):
-        assert (after.labels_of(i).mask == before.labels_of(i).mask).all() and (after.labels_of(i).known == before.labels_of(i).known).all()
+        assert (after.labels_of(i).mask == before.labels_of(i).mask).all() and (
+            after.labels_of(i).known == before.labels_of(i).known
+        ).all()
         assert np.allclose(after.go(i).prediction, before.go(i).prediction)
     assert after.go(1).undo().labels[1].sum() == 0  # what was done before can be undone
     with pytest.raises(AoiError, match="same classes"):
@@ -408,13 +435,17 @@ def test_masks_are_saved_in_the_contract_and_never_replaced_unasked(folder, tmp_
     handle.paint("wire", "line", [(10, 10), (100, 80)], size=5).paint("background", "circle", [(200, 200), (220, 200)])
     handle.go(1).paint("ball", "circle", [(50, 50), (60, 50)]).rest()
     table = handle.save()
-    assert table.stem.tolist() == list(dataset["stem"]) and handle.save() is not None  # its own files may be written again
+    assert (
+        table.stem.tolist() == list(dataset["stem"]) and handle.save() is not None
+    )  # its own files may be written again
     loaded = load_folder(folder, masks=tmp_path / "masks", classes=CLASSES)
     rows = {r["stem"]: r for split in loaded.values() for r in split if r["labelled"]}
     for i, stem in enumerate(table.stem):
         assert (rows[stem]["mask"].numpy() == handle.labels_of(i).mask).all()
         assert (rows[stem]["ignore"].numpy() == ~handle.labels_of(i).known).all()
-    other = teach(dataset, encoder, classes=CLASSES, out=tmp_path / "masks", journal=tmp_path / "other.jsonl", learning=False)
+    other = teach(
+        dataset, encoder, classes=CLASSES, out=tmp_path / "masks", journal=tmp_path / "other.jsonl", learning=False
+    )
     with pytest.raises(AoiError, match="no label"):
         other.save()
     other.paint("wire", "line", [(10, 10), (20, 20)])
@@ -433,14 +464,25 @@ def test_the_page_of_teach(pair, encoder):
     handle = teach(pair, encoder, classes=CLASSES)
     sent = []
     handle.send = lambda content, buffers=None: sent.append((content, buffers))
-    handle._handle_custom_msg({"kind": "paint", "id": 7, "tool": "line", "class": "wire", "points": [[2, 2], [30, 30]], "size": 3}, [])
+    handle._handle_custom_msg(
+        {"kind": "paint", "id": 7, "tool": "line", "class": "wire", "points": [[2, 2], [30, 30]], "size": 3}, []
+    )
     assert handle.labels[0].any() and handle.error == ""
     assert [c["kind"] for c, _ in sent] == ["update", "update", "done"] and sent[-1][0]["done"] == 7
     update, buffers = sent[0]
-    planes = np.concatenate([np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in buffers])[:update["count"]]
-    assert update["start"] == 2 and (planes[0] == handle.labels[0] * 255).all() and (planes[4] == handle.known * 255).all()
-    handle._handle_custom_msg({"kind": "paint", "id": 8, "tool": "polygon", "class": "wire", "points": [[2, 2]], "size": 3}, [])
-    assert "3 points" in handle.error and sent[-1][0] == {"kind": "done", "done": 8}  # the trace of a failed stroke disappears
+    planes = np.concatenate([np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in buffers])[
+        : update["count"]
+    ]
+    assert (
+        update["start"] == 2 and (planes[0] == handle.labels[0] * 255).all() and (planes[4] == handle.known * 255).all()
+    )
+    handle._handle_custom_msg(
+        {"kind": "paint", "id": 8, "tool": "polygon", "class": "wire", "points": [[2, 2]], "size": 3}, []
+    )
+    assert "3 points" in handle.error and sent[-1][0] == {
+        "kind": "done",
+        "done": 8,
+    }  # the trace of a failed stroke disappears
     handle._handle_custom_msg({"kind": "go", "index": 1}, [])
     assert handle.index == 1 and handle.sources[0]["name"] == "two" and handle.next_index == 0
     from_page(handle, brush="tape")
@@ -470,3 +512,74 @@ def test_undoing_restores_overlaps():
     assert not labels.mask[:, where].any() and labels.mask.sum() == 24
     labels.undo()
     assert labels.mask.all() and labels.known.all()
+
+
+# watch
+
+
+@pytest.fixture(scope="module")
+def trained():
+    from transformers import ViTMAEForPreTraining
+
+    mae = new_vit(mae_config("nano", patch_size=8, image_size=32), model=ViTMAEForPreTraining).eval()
+    history = pd.DataFrame({"step": range(50), "seconds": np.arange(50.0), "lr": 1e-3, "loss": np.linspace(1, 0.5, 50)})
+    return Pretrained(ViTEncoder(mae.vit), mae, history)
+
+
+def test_a_run_is_rebuilt_at_any_mask_ratio(scene, trained):
+    image = scene[0][0][:, :32]  # two windows of pre-training
+    handle = watch(trained, image, held=(9, 17), mask_ratio=0.25)
+    assert handle.rebuilt.hidden.float().mean() == 0.25 and handle.snapshots == ["untrained", "trained"]
+    assert [s["name"] for s in handle.sources] == ["image", "seen", "rebuilt"]
+    from_page(handle, mask_ratio=0.75)
+    assert handle.rebuilt.hidden.float().mean() == 0.75
+    expected = trained.reconstruct(image[None], 0.75, seed=0).rebuilt
+    assert torch.equal(handle.rebuilt.rebuilt, expected)
+    from_page(handle, seed=1)
+    assert not torch.equal(handle.rebuilt.rebuilt, expected)
+    grid = trained.encoder.encode(image[None])[0]
+    found = show.similarity_map(grid, grid[1, 2]).numpy()
+    assert np.allclose(handle.similarities["trained"], found, atol=1e-6) and found[1, 2] > 0.9999
+    assert np.abs(np.frombuffer(handle.maps[1], np.uint8).reshape(4, 8) / 255 - found.clip(0, 1)).max() < 0.003
+    assert handle.picture().alt and "50 steps" in handle.status
+    from_page(handle, held=[99, 0])
+    assert "99" in handle.error and handle.held == [9, 17]
+
+
+def test_a_live_run_is_followed_to_its_end(folder, tmp_path):
+    "A checkpoint beside the folder, then the folder: what is on the page goes on."
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.pretrain import pretrain
+    from aoi_ssl.train import _Run
+
+    dataset = load_folder(folder)["pretrain"].select([0, 1])
+    with pytest.raises(AoiError, match="no run"):
+        watch(tmp_path / "mae")
+    options = {"encoder": "nano", "crop": 64, "batch_size": 2, "progress": False, "augment": False}
+    done = pretrain(dataset, tmp_path / "mae", budget="6 steps", **options)
+    (tmp_path / "mae").rename(tmp_path / "later")
+    run = _Run({"config": done.mae.config.to_json_string()}, step=3, history=done.history.head(3).to_dict("records"))
+    run.save(tmp_path / "mae.checkpoint", done.mae, torch.optim.SGD(done.mae.parameters(), lr=0.1))
+    handle = watch(tmp_path / "mae", dataset[0]["image"])
+    assert handle.live and len(handle.history) == 3 and "running" in handle.status and handle.rebuilt is not None
+    assert not handle.poll()
+    (tmp_path / "later").rename(tmp_path / "mae")
+    (tmp_path / "mae.checkpoint").unlink()
+    handle._handle_custom_msg({"kind": "poll"}, [])
+    assert handle.error == "" and not handle.live and len(handle.history) == 6 and len(handle.series[0]["x"]) == 6
+
+
+def test_several_runs_and_histories_alone(trained):
+    handle = watch({"a": trained, "b": trained.history.head(20)})
+    assert [s["label"] for s in handle.series] == ["a loss", "b loss"] and not handle.has_rebuilt
+    assert set(handle.history) == {"a", "b"} and handle.picture().alt.startswith("Curves")
+    assert chart_series({"": pd.DataFrame({"step": [0, 1], "loss": [np.nan, np.nan]})}) == []
+
+
+def test_watch_and_its_twin_draw_the_same(scene, trained):
+    snapshots = {"one": trained.encoder}
+    options = {"snapshots": snapshots, "held": (9, 17), "mask_ratio": 0.5}
+    assert (
+        watch(trained, scene[0][0], **options).picture()._repr_png_()
+        == show.watch(trained, scene[0][0], **options)._repr_png_()
+    )

@@ -83,14 +83,15 @@ export function choice(model, name, label, options, { list = options.length > 4,
 }
 
 /** A slider for a number; where `off` is given, its lowest place means null and reads as that word. */
-export function slider(model, name, label, { min = 0, max = 1, step = 0.01, off, digits = 2, title = label } = {}) {
+export function slider(model, name, label, { min = 0, max = 1, step = 0.01, off, digits = 2, title = label, lazy = false } = {}) {
   const input = make("input", { type: "range", min, max, step, title, "aria-label": label });
   const output = make("output", {});
   const read = () => {
     const value = Number(input.value);
     return off !== undefined && value <= min ? null : value;
   };
-  input.addEventListener("input", () => put(model, { [name]: read() }));
+  input.addEventListener(lazy ? "change" : "input", () => put(model, { [name]: read() }));
+  if (lazy) input.addEventListener("input", () => (output.textContent = Number(input.value).toFixed(digits)));
   watchTraits(model, name, () => {
     const value = model.get(name);
     input.value = value ?? min;
