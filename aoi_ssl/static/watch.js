@@ -82,7 +82,7 @@ class Watcher {
     const nodes = [draw("path", { class: "aoi-axis", d: `M${left} ${top}V${high - bottom}H${wide - right}` })];
     for (let i = 0; i <= 3; i++) {
       const x = x0 + (x1 - x0) * i / 3, y = y0 + (y1 - y0) * i / 3;
-      nodes.push(draw("text", { x: px(x), y: high - bottom + 13, "text-anchor": "middle" }, short(Math.round(x))), draw("text", { x: left - 5, y: py(y) + 3, "text-anchor": "end" }, short(log ? 10 ** y : y)));
+      nodes.push(draw("text", { x: px(x), y: high - bottom + 13, "text-anchor": i === 3 ? "end" : "middle" }, short(Math.round(x))), draw("text", { x: left - 5, y: py(y) + 3, "text-anchor": "end" }, short(log ? 10 ** y : y)));
       nodes.push(draw("path", { class: "aoi-grid", d: `M${left} ${py(y)}H${wide - right}` }));
     }
     nodes.push(draw("text", { x: (left + wide - right) / 2, y: high - 3, "text-anchor": "middle" }, this.get("along")));
