@@ -214,6 +214,15 @@ def _plan(dataset, encoder: str, start_from, crop: int | None, patch_size: int, 
     return config, old
 
 
+def _learner(config, crops: CropStore, old: ViTEncoder | None, start_from, seed: int) -> tuple[ViTMAEForPreTraining, ViTEncoder]:
+    "The autoencoder to train and the encoder in it, with the statistics of its images or those of the encoder to go on from."
+    mae = new_vit(config, model=ViTMAEForPreTraining, seed=seed)
+    if old is not None:
+        _continue(mae, old, resolve_encoder(start_from))
+    mean, std = (crops.mean, crops.std) if old is None else (old.mean, old.std)
+    return mae, ViTEncoder(mae.vit, mean=mean, std=std, layers=None if old is None else old.layers)
+
+
 def _continue(mae: ViTMAEForPreTraining, old: ViTEncoder, folder: Path) -> None:
     "Copy the weights of an encoder, and those of its decoder if it was kept; not the positions."
     known = {f"vit.{name}": value for name, value in old.vit.state_dict().items()}
@@ -348,11 +357,8 @@ def pretrain(
     _check_run(dataset, validation, config.image_size, batch_size, budget, patience, precision)
     decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
     crops = _open_crops(dataset, crops, decoded, config.image_size, seed, process, progress and process.is_main_process)
-    mae = new_vit(config, model=ViTMAEForPreTraining, seed=seed)
-    if old is not None:
-        _continue(mae, old, resolve_encoder(start_from))
-    mean, std = (crops.mean, crops.std) if old is None else (old.mean, old.std)
-    inner = ViTEncoder(mae.vit, mean=mean, std=std, layers=None if old is None else old.layers).to(process.device)
+    mae, inner = _learner(config, crops, old, start_from, seed)
+    inner.to(process.device)
     change = Augment() if augment is True else augment or None
     total = batch_size * process.num_processes
     groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
