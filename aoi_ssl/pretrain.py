@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['decays', 'decay_groups', 'Reconstruction', 'Pretrained', 'load_pretrained', 'visible_statistics', 'default_crop',
-           'pretrain']
+           'expectation', 'pretrain']
 
 # %% ../nbs/api/09_pretrain.ipynb #280c1613
+import copy
+import shutil
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,23 +22,25 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .augment import Augment
-from .core import AoiError, new_folder, step_seed
-from .data import channel_count, channel_stats
+from .core import AoiError, new_folder, read_json, step_seed
+from .crops import CropStore, store_images
+from .data import channel_count
 from aoi_ssl.encoder import (
     PRESETS,
     Encoder,
     ViTEncoder,
     check_images,
-    freeze_positions,
     from_windows,
     mae_config,
     new_vit,
+    open_vit,
     pad_to,
     quiet,
     to_windows,
 )
-from .tiles import CropSampler, check_crops
+from .tiles import check_crops
 from .train import Budget, _check_plan, checkpoint_beside, fit, parse_budget
+from .weights import resolve_encoder, write_packed
 
 # %% ../nbs/api/09_pretrain.ipynb #090b79ff
 from transformers import ViTMAEForPreTraining
@@ -83,12 +88,12 @@ class Pretrained:
         folder: str | Path,  # a new or an empty folder
         *,
         overwrite: bool = False,  # replace a folder that is not empty
+        packed: bool = False,  # a byte a weight: a quarter of the size, for sharing; transformers cannot read it
     ) -> None:
         "Write weights, encoder.json and history.csv: whole, or not at all."
         with new_folder(folder, overwrite=overwrite) as aside:
             with quiet():
-                self.mae.save_pretrained(aside)
-            self.encoder.write_manifest(aside)
+                (_write_packed_mae if packed else _write_mae)(self, aside)
             self.history.to_csv(aside / "history.csv", index=False)
 
     def reconstruct(
@@ -100,24 +105,36 @@ class Pretrained:
         "Hide patches and draw them."
         return _reconstruct(self, images, mask_ratio, seed)
 
+# %% ../nbs/api/09_pretrain.ipynb #fded0bcb
+def _write_mae(self: Pretrained, folder: Path) -> None:
+    "A folder that transformers can read too."
+    self.mae.save_pretrained(folder)
+    self.encoder.write_manifest(folder)
+
+
+def _write_packed_mae(self: Pretrained, folder: Path) -> None:
+    "Packed weights, without the positions; encoder.json describes the weights as they will be read."
+    fixed = ("position_embeddings", "decoder_pos_embed")
+    write_packed({n: v.cpu() for n, v in self.mae.state_dict().items() if not n.endswith(fixed)}, folder)
+    self.mae.config.save_pretrained(folder)
+    vit = open_vit(folder, type(self.encoder.vit))
+    ViTEncoder(vit, mean=self.encoder.mean, std=self.encoder.std, layers=self.encoder.layers).write_manifest(folder)
+
 # %% ../nbs/api/09_pretrain.ipynb #2c81b694
 def load_pretrained(
-    folder: str | Path,  # written by `pretrain`
+    folder: str | Path,  # written by `pretrain`; or the name of an encoder that ships
 ) -> Pretrained:  # encoder, autoencoder, history
     "Load what `pretrain` wrote. Raises `AoiError` if the folder holds no whole pre-trained autoencoder."
-    folder = Path(folder)
+    folder = resolve_encoder(folder)
     encoder = Encoder.from_pretrained(folder)
     history = folder / "history.csv"
     if not isinstance(encoder, ViTEncoder) or not history.exists():
         raise AoiError(f"{folder} holds an encoder, but no autoencoder that pretrain wrote. "
                        "Open it with Encoder.from_pretrained.")
     with quiet():
-        mae, found = ViTMAEForPreTraining.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    if found["missing_keys"]:
-        raise AoiError(f"The autoencoder in {folder} lacks {min(found['missing_keys'])}. Copy the folder again, whole.")
-    freeze_positions(mae)
+        mae = open_vit(folder, ViTMAEForPreTraining)
     encoder.vit = mae.vit
-    return Pretrained(encoder, mae.eval(), pd.read_csv(history))
+    return Pretrained(encoder, mae, pd.read_csv(history))
 
 # %% ../nbs/api/09_pretrain.ipynb #89e276c6
 def visible_statistics(
@@ -197,6 +214,15 @@ def _plan(dataset, encoder: str, start_from, crop: int | None, patch_size: int, 
     return config, old
 
 
+def _learner(config, crops: CropStore, old: ViTEncoder | None, start_from, seed: int, device) -> tuple:
+    "The autoencoder to train and the encoder in it, with the statistics of its images or those of the encoder to go on from."
+    mae = new_vit(config, model=ViTMAEForPreTraining, seed=seed)
+    if old is not None:
+        _continue(mae, old, resolve_encoder(start_from))
+    mean, std = (crops.mean, crops.std) if old is None else (old.mean, old.std)
+    return mae, ViTEncoder(mae.vit, mean=mean, std=std, layers=None if old is None else old.layers).to(device)
+
+
 def _continue(mae: ViTMAEForPreTraining, old: ViTEncoder, folder: Path) -> None:
     "Copy the weights of an encoder, and those of its decoder if it was kept; not the positions."
     known = {f"vit.{name}": value for name, value in old.vit.state_dict().items()}
@@ -206,23 +232,46 @@ def _continue(mae: ViTMAEForPreTraining, old: ViTEncoder, folder: Path) -> None:
     mae.load_state_dict({name: value for name, value in known.items() if not name.endswith(fixed)}, strict=False)
 
 # %% ../nbs/api/09_pretrain.ipynb #bbd7e540
-def _batches(crops: CropSampler, encoder: ViTEncoder, augment: Augment | None, batch_size: int, seed: int) -> Callable:
-    "index -> augmented and normalised crops, the same for the same index."
+def _batches(crops: CropStore, encoder: ViTEncoder, size: int, augment: Augment | None, batch: int, process) -> Callable:
+    "index -> augmented and normalised crops, and the noise that decides which patches to hide; the same for the same index."
+    total, patches = batch * process.num_processes, (size // encoder.patch_size) ** 2
 
-    def batch(index: int) -> dict:
-        images = crops.batch(index, batch_size)["image"]
+    def at(index: int) -> dict:
+        step, rank = divmod(index, process.num_processes)
+        part = slice(rank * batch, (rank + 1) * batch)
+        images = crops.batch(step, total, size=size, part=part)
         if augment is not None:
-            images = augment(images, seed=step_seed(seed, index, 1))[0]
-        return {"pixels": encoder.normalise(images)}
+            images = augment(images, seed=step_seed(crops.seed, step, 1), total=total, part=part)[0]
+        draw = torch.Generator().manual_seed(step_seed(crops.seed, step, 2))
+        noise = torch.rand(total, patches, generator=draw)[part]
+        return {"pixels": encoder.normalise(images.to(encoder.mean)), "noise": noise}
 
-    return batch
+    return at
 
 
-def _check_run(dataset, validation, crop: int, batch_size: int, budget: Budget, precision: str) -> None:
+def _open_crops(dataset, crops: CropStore | None, folder: Path | None, crop: int, seed: int, process, progress: bool) -> CropStore:
+    "Decode the images once, in the main process; on a GPU with room enough they live there."
+    if crops is not None:
+        crops.seed = seed
+    elif folder is None:
+        crops = store_images(dataset, cell=crop, seed=seed, progress=progress)
+    else:
+        with process.main_process_first():
+            known = folder.is_dir() and read_json(folder / "crops.json")
+            fits = known and (known["cell"], known["images"]) == (crop, list(dataset["stem"]))
+            crops = CropStore(folder, seed=seed) if fits else store_images(
+                dataset, folder, cell=crop, seed=seed, progress=progress, overwrite=True)
+    if process.device.type == "cuda" and 2 * crops.pixels.nbytes < torch.cuda.mem_get_info()[0]:
+        crops.to(process.device)
+    return crops
+
+
+def _check_run(dataset, validation, crop: int, batch_size: int, budget: Budget, patience: int | None, precision: str) -> None:
     "Raise `AoiError` for what is wrong, as far as it shows without reading an image."
-    _check_plan(budget.resolve(1), validation, 10, None, precision)
+    _check_plan(budget.resolve(1), validation, 10, patience, precision)
     if not (isinstance(batch_size, int) and batch_size >= 1):
         raise AoiError(f"batch_size is {batch_size!r}; a whole number of crops from 1 up was expected. Try 32.")
+    check_crops(dataset, size=crop)
     if validation is None:
         return
     if channel_count(validation) != channel_count(dataset):
@@ -235,8 +284,8 @@ def _check_run(dataset, validation, crop: int, batch_size: int, budget: Budget, 
 
 def _validation(dataset, encoder: ViTEncoder, crop: int, batch_size: int, batches: int = 4) -> Callable:
     "model -> its loss on fixed crops of held-out images under fixed masks, without augmentation."
-    crops, generator = CropSampler(dataset, size=crop, labels=False), torch.Generator().manual_seed(0)
-    fixed = [encoder.normalise(crops.batch(i, batch_size)["image"]) for i in range(batches)]
+    crops, generator = store_images(dataset, cell=crop), torch.Generator().manual_seed(0)
+    fixed = [encoder.normalise(crops.batch(i, batch_size, size=crop).to(encoder.mean)) for i in range(batches)]
     noise = [torch.rand(batch_size, (crop // encoder.patch_size) ** 2, generator=generator) for _ in fixed]
 
     def validate(mae: ViTMAEForPreTraining) -> dict:
@@ -244,6 +293,32 @@ def _validation(dataset, encoder: ViTEncoder, crop: int, batch_size: int, batche
         return {"score": -sum(losses) / len(losses), "loss": sum(losses) / len(losses)}
 
     return validate
+
+# %% ../nbs/api/09_pretrain.ipynb #7789a74e
+def expectation(
+    model: torch.nn.Module,  # stays as it is
+    loss: Callable[[torch.nn.Module, dict], Tensor],  # (model, batch) -> scalar
+    batch: Callable[[int], dict],  # index -> batch
+    *,
+    budget: Budget,  # in seconds or steps
+    images: int,  # crops in a step
+    epoch: int,  # steps in an epoch
+    device: torch.device,  # that will train
+) -> str:  # one line
+    "What a budget will buy, from two steps on a copy of the model."
+    trial = copy.deepcopy(model).to(device).train()
+    for step in range(3):
+        if step == 1:
+            start = time.monotonic()
+        data = {name: value.to(device) for name, value in batch(step).items()}
+        loss(trial, data).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    each = (time.monotonic() - start) / 2
+    steps = budget.steps or max(1, round(budget.seconds / each))
+    seconds = steps * each
+    span = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+    return f"About {images / each:.0f} crops a second: {steps} steps of {images}, {steps / epoch:.1f} epochs, in {span}."
 
 # %% ../nbs/api/09_pretrain.ipynb #1424fcc5
 def pretrain(
@@ -253,6 +328,7 @@ def pretrain(
     encoder: str = "tiny",  # preset: "tiny" or "small" (the paper's)
     budget: str | float | Budget = "5m",  # "5m", "2000 steps", "50 epochs"
     validation=None,  # held-out images; the weights with the lowest loss on them are kept
+    patience: int | None = None,  # stop after so many of the ten validations in a row without a better one
     crop: int | None = None,  # pixels, a multiple of the patch size; 224 by default, less if images are smaller
     patch_size: int = 16,  # pixels per patch and side
     batch_size: int = 32,  # crops, of each process
@@ -265,9 +341,11 @@ def pretrain(
     seed: int = 0,  # one seed, one result (with a budget in steps or epochs)
     resume: bool = False,  # go on with an unfinished run
     overwrite: bool = False,  # replace `out` if it is not empty
-    start_from: str | Path | None = None,  # folder of an encoder to go on from; replaces `encoder` and `patch_size`
+    crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
+    start_from: str | Path | None = None,  # an encoder to go on from, a folder or "aoi-mae-small"; replaces `encoder` and `patch_size`
     precision: str = "auto",  # see train.fit
-    progress: bool = True,  # show a bar
+    report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
+    progress: bool = True,  # show a bar, and what to expect
 ) -> Pretrained:  # encoder, autoencoder, history
     """Pre-train a masked autoencoder (He et al. 2022; the recipe of AOI-SSL).
 
@@ -276,27 +354,30 @@ def pretrain(
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
     config, old = _plan(dataset, encoder, start_from, crop, patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix)
     process = Accelerator()
-    whole_batch = batch_size * process.num_processes
-    crops = CropSampler(dataset, size=config.image_size, seed=seed, labels=False)
-    _check_run(dataset, validation, config.image_size, batch_size, budget, precision)
-    mae = new_vit(config, model=ViTMAEForPreTraining, seed=seed)
-    if old is not None:
-        _continue(mae, old, Path(start_from))
-    mean, std = (old.mean, old.std) if old is not None else channel_stats(dataset, max_images=200, seed=seed)
-    inner = ViTEncoder(mae.vit, mean=mean, std=std, layers=None if old is None else old.layers)
+    _check_run(dataset, validation, config.image_size, batch_size, budget, patience, precision)
+    decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
+    crops = _open_crops(dataset, crops, decoded, config.image_size, seed, process, progress and process.is_main_process)
+    mae, inner = _learner(config, crops, old, start_from, seed, process.device)
     change = Augment() if augment is True else augment or None
-    groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * whole_batch / 256
-    settings = {"config": config.to_json_string(), "images": len(dataset), "batch_size": batch_size, "lr": lr,
+    total = batch_size * process.num_processes
+    groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
+    settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,
                 "weight_decay": weight_decay, "augment": change and asdict(change), "start_from": str(start_from)}
+    loss = lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss
+    batch = _batches(crops, inner, config.image_size, change, batch_size, process)
+    budget = budget.resolve(crops.steps_per_epoch(total))
+    if progress and process.is_main_process:
+        sizes = {"images": total, "epoch": crops.steps_per_epoch(total)}
+        print(f"{crops}. {expectation(mae, loss, batch, budget=budget, **sizes, device=process.device)}")
     history = fit(
-        mae, lambda model, batch: model(batch["pixels"]).loss, _batches(crops, inner, change, batch_size, seed),
-        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), budget=budget.resolve(crops.steps_per_epoch(whole_batch)),
-        warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
+        mae, loss, batch, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
+        budget=budget, warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
         validate=None if validation is None else _validation(validation, inner, config.image_size, batch_size),
-        progress=progress, label="pre-training",
+        patience=patience, report_to=report_to, images=total, progress=progress, label="pre-training",
     )
     result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history)
     if out is not None and process.is_main_process:
         result.save(out, overwrite=overwrite)
         checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(decoded, ignore_errors=True)
     return result
