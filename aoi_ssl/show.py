@@ -6,8 +6,9 @@
 __all__ = ['PALETTE', 'ERROR_COLOURS', 'SPACES', 'class_colour', 'Picture', 'false_colour', 'lights', 'overlay', 'compare',
            'errors', 'similarity_map', 'similarity', 'neighbours', 'reconstruction', 'curves', 'score_chart',
            'layer_encoder', 'encoder_layers', 'whitening', 'feature_grids', 'to_space', 'as_held', 'held_query',
-           'pca_colours', 'plain_keys', 'bank_neighbours', 'neighbours_of_held', 'image_of', 'thumbnail', 'explore',
-           'explored', 'inspect', 'name_segmenters', 'novelty_of', 'inspected', 'teach', 'taught', 'watch', 'watched']
+           'pca_colours', 'plain_keys', 'bank_neighbours', 'neighbours_of_held', 'image_of', 'upright_masks',
+           'thumbnail', 'explore', 'explored', 'inspect', 'name_segmenters', 'novelty_of', 'inspected', 'teach',
+           'taught', 'watch', 'watched']
 
 # %% ../nbs/api/17_show.ipynb #e5a19f04
 import colorsys
@@ -797,7 +798,7 @@ def score_chart(
     figure.alt = f"{metric} for each {by}: {'; '.join(words)}."
     return figure
 
-# %% ../nbs/api/17_show.ipynb #74ba9402
+# %% ../nbs/api/17_show.ipynb #af75fbcc
 def layer_encoder(
     encoder: object,  # an Encoder
     layer: int | None,  # block whose output is wanted, 1 is the first; None: what the encoder itself gives
@@ -820,7 +821,7 @@ def encoder_layers(
     vit = getattr(encoder, "vit", None)
     return [None, *range(1, vit.config.num_hidden_layers + 1)] if vit is not None else [None]
 
-# %% ../nbs/api/17_show.ipynb #7fdf8424
+# %% ../nbs/api/17_show.ipynb #7f483a14
 def whitening(
     embeddings: Tensor,  # (n, D) embeddings to learn the directions from
     *,
@@ -834,7 +835,7 @@ def whitening(
     spread, axes = spread[-keep:].clamp(min=0), axes[:, -keep:]
     return mean, axes / (spread + 1e-3 * spread[-1].clamp(min=1e-12)).sqrt()
 
-# %% ../nbs/api/17_show.ipynb #0294b892
+# %% ../nbs/api/17_show.ipynb #a02bc4b9
 SPACES = ("plain", "whitened")  # how embeddings are compared
 
 
@@ -868,7 +869,7 @@ def to_space(
     mean, matrix = white = whitening(learn)
     return [functional.normalize((g - mean) @ matrix, dim=-1) for g in grids], white
 
-# %% ../nbs/api/17_show.ipynb #f772cf78
+# %% ../nbs/api/17_show.ipynb #1bba3853
 def as_held(
     held: Sequence,  # pixels (y, x) of the first image; or dicts with image, row, column, minus
     grids: Sequence[tuple[int, int]],  # rows and columns of each image's patches
@@ -902,7 +903,7 @@ def held_query(
         query = query + (-1 if minus else 1) * (torch.stack(some).mean(0) if some else 0)
     return functional.normalize(query, dim=-1)
 
-# %% ../nbs/api/17_show.ipynb #7666754d
+# %% ../nbs/api/17_show.ipynb #54290ec2
 def pca_colours(
     grids: Sequence[Tensor],  # (h, w, d) each
 ) -> list[np.ndarray]:  # (h, w, 3) uint8 each
@@ -917,7 +918,7 @@ def pca_colours(
     ends = np.cumsum([g.shape[0] * g.shape[1] for g in grids])[:-1]
     return [c.reshape(*g.shape[:2], 3) for c, g in zip(np.split(colours, ends), grids, strict=True)]
 
-# %% ../nbs/api/17_show.ipynb #461dae6f
+# %% ../nbs/api/17_show.ipynb #fa1d6891
 def plain_keys(
     bank: object,  # a MemoryBank, or None
     encoder: object,  # an Encoder
@@ -967,7 +968,7 @@ def neighbours_of_held(
     )
     return bank.neighbours(torch.as_tensor(images[one["image"]]), y, x, k=k)
 
-# %% ../nbs/api/17_show.ipynb #2a5b14c9
+# %% ../nbs/api/17_show.ipynb #44d6ab95
 def image_of(
     images: object,  # a dataset with a column "stem", a mapping stem -> (C, H, W) in [0, 1], or None
     stem: str,  # which
@@ -981,6 +982,19 @@ def image_of(
     if stem not in stems:
         return None
     return to_unit(native_item(images, stems.index(stem), labels=False)["image"]).numpy()
+
+
+def upright_masks(
+    bank: object,  # a MemoryBank
+    rows: Sequence[int] | Tensor,  # of its patches
+) -> np.ndarray:  # (n, K, P, P) bool
+    "The masks of patches as they lie in their images: without a rim, turned and mirrored back, if the bank has such."
+    rows = torch.as_tensor(rows, dtype=torch.int64, device=bank.keys.device)
+    masks, p = patch_masks(bank, rows).cpu().numpy(), bank.encoder.patch_size
+    rim = (masks.shape[-1] - p) // 2
+    turns = bank.turn[rows].tolist() if hasattr(bank, "turn") else [0] * len(rows)
+    upright = [np.rot90(m, -(0, 2, 1, 3)[t % 4], (1, 2))[..., :: -1 if t >= 4 else 1] for m, t in zip(masks, turns, strict=True)]
+    return np.stack(upright)[..., rim : rim + p, rim : rim + p] if upright else masks
 
 
 def thumbnail(
@@ -1003,7 +1017,7 @@ def thumbnail(
     painted = _paint(ground, _pool_counts(mask, size, size) > 0, alpha=alpha)
     return (painted * 255).round().astype(np.uint8)
 
-# %% ../nbs/api/17_show.ipynb #40b7544a
+# %% ../nbs/api/17_show.ipynb #73e4d011
 def explore(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     encoder: object,  # an Encoder
@@ -1036,7 +1050,7 @@ def explore(
     look |= {"light": light, "stretch": stretch, "width": width}
     return explored(images, grids, held, encoder.patch_size, bank=bank, table=table, bank_images=bank_images, **look)
 
-# %% ../nbs/api/17_show.ipynb #08d3bcf3
+# %% ../nbs/api/17_show.ipynb #69752daa
 def explored(
     images: Sequence[np.ndarray],  # (C, H, W) in [0, 1]
     grids: Sequence[Tensor],  # from `feature_grids`
@@ -1080,7 +1094,7 @@ def explored(
         _neighbour_strip(figure, table, bank, bank_images, light, bottom=_EDGE + 36 * shown)
     return figure
 
-# %% ../nbs/api/17_show.ipynb #9d9264f8
+# %% ../nbs/api/17_show.ipynb #f7731336
 def _explored_panels(count: int, overlay: str, shown: bool) -> list[tuple[int, bool]]:
     "Which image each panel shows, and whether without colours: the first image twice, if there are any."
     return [(0, True)] * (shown or overlay == "pca") + [(i, False) for i in range(count)]
@@ -1123,7 +1137,7 @@ def _neighbour_strip(
     figure: Figure, table: pd.DataFrame, bank: object, images: object, light: int | str, *, bottom: int
 ) -> None:
     "Thumbnails of bank patches along the lower edge, with similarity, image and device."
-    masks = patch_masks(bank, table["key"].tolist()).cpu().numpy()
+    masks = upright_masks(bank, table["key"].tolist())
     room = figure.get_size_inches()[0] * _DPI - 2 * _EDGE
     step = min(110, max(72, room // max(1, len(table))))
     for i, (row, mask) in enumerate(zip(table.itertuples(), masks, strict=True)):
@@ -1136,7 +1150,7 @@ def _neighbour_strip(
         for n, line in enumerate(lines):
             _text(figure, x, bottom + 36 - 13 * n, line, size=8, va="center_baseline")
 
-# %% ../nbs/api/17_show.ipynb #e0036a85
+# %% ../nbs/api/17_show.ipynb #81d5e4ab
 def inspect(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
@@ -1176,7 +1190,7 @@ def name_segmenters(
         )
     return named
 
-# %% ../nbs/api/17_show.ipynb #fdea5ad6
+# %% ../nbs/api/17_show.ipynb #712f9bc3
 def novelty_of(
     segmenter: object,  # a Segmenter; one that knows novelty has `novelty(image)`
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
@@ -1191,7 +1205,7 @@ def novelty_of(
         raise AoiError(f"novelty gave {tuple(found.shape)}; (height, width), of pixels or of patches, was expected.")
     return functional.interpolate(found[None, None], image.shape[-2:], mode="nearest-exact")[0, 0].cpu().numpy()
 
-# %% ../nbs/api/17_show.ipynb #0d30ee21
+# %% ../nbs/api/17_show.ipynb #f1c19bf3
 def inspected(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     probabilities: Mapping[str, np.ndarray],  # name -> (K, H, W)
@@ -1257,7 +1271,7 @@ def _heat_maps(
         )
     return figure
 
-# %% ../nbs/api/17_show.ipynb #57d5b136
+# %% ../nbs/api/17_show.ipynb #922be098
 def teach(
     images: Sequence[Tensor | np.ndarray],  # (C, H, W) in [0, 1] each
     bank: object,  # a MemoryBank, or any Segmenter
@@ -1310,7 +1324,7 @@ def taught(
         _put(panel, _letterbox(_paint(ground, _pool_counts(mask, *ground.shape[:2]) > 0, alpha=opacity), size))
     return figure
 
-# %% ../nbs/api/17_show.ipynb #0163d8b7
+# %% ../nbs/api/17_show.ipynb #d25156e5
 def watch(
     run: object,  # what `pretrain` or `finetune` gave, a history, or name -> these
     image: Tensor | np.ndarray | None = None,  # (C, H, W) in [0, 1], to rebuild and to compare patches of

@@ -7,7 +7,7 @@ __all__ = ['TILE', 'OVERVIEW', 'SCALES', 'page_module', 'page_style', 'shrink', 
            'TraitValueError', 'wrong_trait', 'Handle', 'shown_in', 'scale_tables', 'mime_bundle', 'BankPictures',
            'bank_mask', 'BankTraits']
 
-# %% ../nbs/api/18_widgets.ipynb #a67447de
+# %% ../nbs/api/18_widgets.ipynb #40400730
 import re
 import threading
 import traceback
@@ -29,10 +29,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .core import AoiError
-from .retrieval import patch_masks
-from .show import Picture, _image, class_colour, false_colour, image_of, thumbnail
+from .show import Picture, _image, class_colour, false_colour, image_of, thumbnail, upright_masks
 
-# %% ../nbs/api/18_widgets.ipynb #954da652
+# %% ../nbs/api/18_widgets.ipynb #d6d55d78
 def page_module(
     name: str,  # of a file in aoi_ssl/static, without .js
 ) -> str:  # one ES module
@@ -49,7 +48,7 @@ def page_style() -> str:  # CSS
     "The look of all widgets: it follows the theme of JupyterLab, VS Code or the system."
     return (resources.files("aoi_ssl") / "static" / "widgets.css").read_text(encoding="utf-8")
 
-# %% ../nbs/api/18_widgets.ipynb #d9ba1170
+# %% ../nbs/api/18_widgets.ipynb #f439d5a1
 TILE, OVERVIEW = 512, 1024  # side of a tile, and the most that the larger side of an overview has, pixels
 
 
@@ -65,7 +64,7 @@ def shrink(
     most = functional.max_pool2d(planes[None, lights:], times, ceil_mode=True)[0] if lights < len(planes) else mean[:0]
     return torch.cat([mean, most])
 
-# %% ../nbs/api/18_widgets.ipynb #0054437d
+# %% ../nbs/api/18_widgets.ipynb #d7481650
 def encode_planes(
     planes: np.ndarray,  # (C, h, w) uint8
 ) -> list[bytes]:  # ceil(C / 3) PNG files
@@ -79,7 +78,7 @@ def encode_planes(
         files.append(buffer.getvalue())
     return files
 
-# %% ../nbs/api/18_widgets.ipynb #4f8f140e
+# %% ../nbs/api/18_widgets.ipynb #3c2aa70b
 class Planes:
     "One picture for the page: its lights, then planes of masks or probabilities, cut into tiles on demand."
 
@@ -130,7 +129,7 @@ class Planes:
             part = shrink(torch.from_numpy(part).float(), 2**level, max(0, self.lights - start)).round().byte().numpy()
         return encode_planes(part)
 
-# %% ../nbs/api/18_widgets.ipynb #aeb1f747
+# %% ../nbs/api/18_widgets.ipynb #dcd581a5
 def as_picture(
     value: object,  # (C, H, W) in [0, 1]; or a row of a dataset
     name: str,  # what it is called if it brings no name
@@ -144,7 +143,7 @@ def as_picture(
         return str(value.get("stem", name)), _image(value["image"], name)
     return name, _image(value, name)
 
-# %% ../nbs/api/18_widgets.ipynb #3a952025
+# %% ../nbs/api/18_widgets.ipynb #3728e61e
 class TraitValueError(AoiError, traitlets.TraitError):
     "A value that a trait does not take: the old one stays, also where several are set at once."
 
@@ -157,7 +156,7 @@ def wrong_trait() -> Iterator[None]:  # use it in a `with` statement, in a valid
     except AoiError as e:
         raise TraitValueError(str(e)) from None
 
-# %% ../nbs/api/18_widgets.ipynb #defad371
+# %% ../nbs/api/18_widgets.ipynb #e2ef115c
 SCALES = ("viridis", "cividis", "magma")  # colour scales, all of rising lightness and safe for the colour-blind
 
 
@@ -217,7 +216,7 @@ class Handle(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: object) -> dict:
         return mime_bundle(self)
 
-# %% ../nbs/api/18_widgets.ipynb #f1d3970a
+# %% ../nbs/api/18_widgets.ipynb #651f0795
 @contextmanager
 def shown_in(
     handle: Handle,  # whose error area says what happened
@@ -240,7 +239,7 @@ def scale_tables() -> dict[str, bytes]:  # name -> 256 colours of 3 bytes
     steps = np.arange(256)
     return {name: (colormaps[name](steps)[:, :3] * 255).round().astype(np.uint8).tobytes() for name in SCALES}
 
-# %% ../nbs/api/18_widgets.ipynb #a3f17ed7
+# %% ../nbs/api/18_widgets.ipynb #b07489f2
 def mime_bundle(
     handle: Handle,  # what is displayed
 ) -> dict:  # kinds of content -> content
@@ -256,7 +255,7 @@ def mime_bundle(
     png = b64encode(figure._repr_png_()).decode()
     return bundle | {"image/png": png, "text/plain": figure.alt}
 
-# %% ../nbs/api/18_widgets.ipynb #a08c1560
+# %% ../nbs/api/18_widgets.ipynb #bcfbb6bb
 class BankPictures:
     "The patches of a bank as pictures."
 
@@ -280,7 +279,7 @@ class BankPictures:
     def near(self, table: pd.DataFrame, light: int | str) -> tuple[list[dict], list[bytes]]:
         "Neighbours as the page wants them: a dict and a PNG file for each row of `MemoryBank.neighbours`."
         rows, thumbs = [], []
-        masks = patch_masks(self.bank, table["key"].tolist()).cpu().numpy() if len(table) else ()
+        masks = upright_masks(self.bank, table["key"].tolist()) if len(table) else ()
         for row, mask in zip(table.to_dict("records"), masks, strict=True):
             labels = [c for c, m in zip(self.bank.classes, mask, strict=True) if m.any()]
             rows.append(row | {"labels": ", ".join(labels)})
@@ -296,23 +295,24 @@ class BankPictures:
         planes = Planes(image, name=row["stem"], extra=mask.astype(np.uint8) * 255)
         return planes, {n: row[n] for n in ("key", "stem", "y", "x")} | {"side": self.bank.encoder.patch_size}
 
-# %% ../nbs/api/18_widgets.ipynb #da36d08a
+# %% ../nbs/api/18_widgets.ipynb #0082d80c
 def bank_mask(
     bank: object,  # a MemoryBank
     stem: str,  # of an image in it
 ) -> np.ndarray:  # (K, H, W) bool
     "The labels of an image as its bank remembers them."
     number = [record["stem"] for record in bank.images].index(stem)
-    rows, record, p = (bank.image == number).nonzero().flatten(), bank.images[number], bank.encoder.patch_size
+    here, record, p = bank.image == number, bank.images[number], bank.encoder.patch_size
+    if hasattr(bank, "turn"):  # a bank may remember patches turned as well
+        here &= bank.turn == 0
+    rows = here.nonzero().flatten()
     sides = [record[s] + 2 * p for s in ("height", "width")]  # patches may reach beyond the image
     mask = np.zeros((len(bank.classes), *sides), bool)
-    for y, x, m in zip(
-        bank.y[rows].tolist(), bank.x[rows].tolist(), patch_masks(bank, rows).cpu().numpy(), strict=True
-    ):
+    for y, x, m in zip(bank.y[rows].tolist(), bank.x[rows].tolist(), upright_masks(bank, rows), strict=True):
         mask[:, p + y : 2 * p + y, p + x : 2 * p + x] |= m
     return mask[:, p : p + record["height"], p : p + record["width"]]
 
-# %% ../nbs/api/18_widgets.ipynb #2cd3e72e
+# %% ../nbs/api/18_widgets.ipynb #831897a0
 class BankTraits(Handle):
     "Neighbours in a bank, as the page shows them; a click shows one in its place. `pictures` is a `BankPictures` or None."
 
