@@ -7,8 +7,8 @@ __all__ = ['PALETTE', 'ERROR_COLOURS', 'SPACES', 'class_colour', 'Picture', 'fal
            'errors', 'similarity_map', 'similarity', 'neighbours', 'reconstruction', 'curves', 'score_chart',
            'layer_encoder', 'encoder_layers', 'whitening', 'feature_grids', 'to_space', 'as_held', 'held_query',
            'pca_colours', 'plain_keys', 'bank_neighbours', 'neighbours_of_held', 'image_of', 'upright_masks',
-           'thumbnail', 'explore', 'explored', 'inspect', 'name_segmenters', 'novelty_of', 'inspected', 'teach',
-           'taught', 'watch', 'watched']
+           'thumbnail', 'explore', 'scale_limits', 'explored', 'inspect', 'name_segmenters', 'novelty_of', 'inspected',
+           'teach', 'taught', 'watch', 'watched']
 
 # %% ../nbs/api/17_show.ipynb #e5a19f04
 import colorsys
@@ -798,7 +798,7 @@ def score_chart(
     figure.alt = f"{metric} for each {by}: {'; '.join(words)}."
     return figure
 
-# %% ../nbs/api/17_show.ipynb #af75fbcc
+# %% ../nbs/api/17_show.ipynb #92ab97fe
 def layer_encoder(
     encoder: object,  # an Encoder
     layer: int | None,  # block whose output is wanted, 1 is the first; None: what the encoder itself gives
@@ -821,7 +821,7 @@ def encoder_layers(
     vit = getattr(encoder, "vit", None)
     return [None, *range(1, vit.config.num_hidden_layers + 1)] if vit is not None else [None]
 
-# %% ../nbs/api/17_show.ipynb #7f483a14
+# %% ../nbs/api/17_show.ipynb #d1e42c53
 def whitening(
     embeddings: Tensor,  # (n, D) embeddings to learn the directions from
     *,
@@ -835,7 +835,7 @@ def whitening(
     spread, axes = spread[-keep:].clamp(min=0), axes[:, -keep:]
     return mean, axes / (spread + 1e-3 * spread[-1].clamp(min=1e-12)).sqrt()
 
-# %% ../nbs/api/17_show.ipynb #a02bc4b9
+# %% ../nbs/api/17_show.ipynb #8a5d5eb6
 SPACES = ("plain", "whitened")  # how embeddings are compared
 
 
@@ -869,7 +869,7 @@ def to_space(
     mean, matrix = white = whitening(learn)
     return [functional.normalize((g - mean) @ matrix, dim=-1) for g in grids], white
 
-# %% ../nbs/api/17_show.ipynb #1bba3853
+# %% ../nbs/api/17_show.ipynb #e3ccf1d7
 def as_held(
     held: Sequence,  # pixels (y, x) of the first image; or dicts with image, row, column, minus
     grids: Sequence[tuple[int, int]],  # rows and columns of each image's patches
@@ -903,7 +903,7 @@ def held_query(
         query = query + (-1 if minus else 1) * (torch.stack(some).mean(0) if some else 0)
     return functional.normalize(query, dim=-1)
 
-# %% ../nbs/api/17_show.ipynb #54290ec2
+# %% ../nbs/api/17_show.ipynb #862c7981
 def pca_colours(
     grids: Sequence[Tensor],  # (h, w, d) each
 ) -> list[np.ndarray]:  # (h, w, 3) uint8 each
@@ -918,7 +918,7 @@ def pca_colours(
     ends = np.cumsum([g.shape[0] * g.shape[1] for g in grids])[:-1]
     return [c.reshape(*g.shape[:2], 3) for c, g in zip(np.split(colours, ends), grids, strict=True)]
 
-# %% ../nbs/api/17_show.ipynb #fa1d6891
+# %% ../nbs/api/17_show.ipynb #4e49c5ce
 def plain_keys(
     bank: object,  # a MemoryBank, or None
     encoder: object,  # an Encoder
@@ -968,7 +968,7 @@ def neighbours_of_held(
     )
     return bank.neighbours(torch.as_tensor(images[one["image"]]), y, x, k=k)
 
-# %% ../nbs/api/17_show.ipynb #44d6ab95
+# %% ../nbs/api/17_show.ipynb #e7fd5dab
 def image_of(
     images: object,  # a dataset with a column "stem", a mapping stem -> (C, H, W) in [0, 1], or None
     stem: str,  # which
@@ -1017,7 +1017,7 @@ def thumbnail(
     painted = _paint(ground, _pool_counts(mask, size, size) > 0, alpha=alpha)
     return (painted * 255).round().astype(np.uint8)
 
-# %% ../nbs/api/17_show.ipynb #73e4d011
+# %% ../nbs/api/17_show.ipynb #5f748264
 def explore(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     encoder: object,  # an Encoder
@@ -1032,7 +1032,7 @@ def explore(
     overlay: str = "similarity",  # "similarity", "pca" or "none"
     opacity: float = 0.65,  # strength of the colours, 0 to 1
     threshold: float | None = None,  # colour only the patches that are at least so similar
-    limits: tuple[float, float] | None = None,  # ends of the colour scale; None: the smallest similarity, or 0, and 1
+    limits: tuple[float, float] | None = None,  # ends of the colour scale; None: see `scale_limits`
     colours: str = "viridis",  # colour scale, of matplotlib
     light: int | str = 0,  # what lies under: a light's index, "mean" or "colour"
     stretch: bool = False,  # brighten a dark image
@@ -1050,7 +1050,19 @@ def explore(
     look |= {"light": light, "stretch": stretch, "width": width}
     return explored(images, grids, held, encoder.patch_size, bank=bank, table=table, bank_images=bank_images, **look)
 
-# %% ../nbs/api/17_show.ipynb #69752daa
+# %% ../nbs/api/17_show.ipynb #94256a70
+def scale_limits(
+    maps: Sequence[np.ndarray],  # (h, w) similarities, of each image
+    held: Sequence[Mapping],  # the held patches, from `as_held`
+) -> tuple[float, float]:  # ends of the colour scale
+    "The ends of a colour scale that shows differences."
+    others = [np.ones(m.shape, bool) for m in maps]
+    for one in held:
+        others[one["image"]][one["row"], one["column"]] = False
+    values = np.sort(np.concatenate([m[o] for m, o in zip(maps, others, strict=True)])) if len(maps) else np.zeros(0)
+    return (float(values[len(values) // 10]), float(values[-1])) if len(values) else (0.0, 1.0)
+
+# %% ../nbs/api/17_show.ipynb #04f16c60
 def explored(
     images: Sequence[np.ndarray],  # (C, H, W) in [0, 1]
     grids: Sequence[Tensor],  # from `feature_grids`
@@ -1068,7 +1080,7 @@ def explored(
     overlay, light, stretch = (look.get(n, d) for n, d in (("overlay", "similarity"), ("light", 0), ("stretch", False)))
     query = held_query(grids, held) if held else None
     maps = [(g @ query).numpy() for g in grids] if held else []
-    low, high = look.get("limits") or (max(0.0, min((float(m.min()) for m in maps), default=0.0)), 1.0)
+    low, high = look.get("limits") or scale_limits(maps, held)
     names = list(names or ["image", *(f"other image {i}" for i in range(1, len(images)))])
     heads, shown = _explored_heads(names, held, overlay), overlay == "similarity" and bool(maps)
     words = "; ".join(h.replace("\n", " ") for h in heads)
@@ -1094,7 +1106,7 @@ def explored(
         _neighbour_strip(figure, table, bank, bank_images, light, bottom=_EDGE + 36 * shown)
     return figure
 
-# %% ../nbs/api/17_show.ipynb #f7731336
+# %% ../nbs/api/17_show.ipynb #1f67c2b8
 def _explored_panels(count: int, overlay: str, shown: bool) -> list[tuple[int, bool]]:
     "Which image each panel shows, and whether without colours: the first image twice, if there are any."
     return [(0, True)] * (shown or overlay == "pca") + [(i, False) for i in range(count)]
@@ -1150,7 +1162,7 @@ def _neighbour_strip(
         for n, line in enumerate(lines):
             _text(figure, x, bottom + 36 - 13 * n, line, size=8, va="center_baseline")
 
-# %% ../nbs/api/17_show.ipynb #81d5e4ab
+# %% ../nbs/api/17_show.ipynb #fd3d7ffc
 def inspect(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
@@ -1190,7 +1202,7 @@ def name_segmenters(
         )
     return named
 
-# %% ../nbs/api/17_show.ipynb #712f9bc3
+# %% ../nbs/api/17_show.ipynb #b17254bc
 def novelty_of(
     segmenter: object,  # a Segmenter; one that knows novelty has `novelty(image)`
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
@@ -1205,7 +1217,7 @@ def novelty_of(
         raise AoiError(f"novelty gave {tuple(found.shape)}; (height, width), of pixels or of patches, was expected.")
     return functional.interpolate(found[None, None], image.shape[-2:], mode="nearest-exact")[0, 0].cpu().numpy()
 
-# %% ../nbs/api/17_show.ipynb #f1c19bf3
+# %% ../nbs/api/17_show.ipynb #7d3148b2
 def inspected(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     probabilities: Mapping[str, np.ndarray],  # name -> (K, H, W)
@@ -1271,7 +1283,7 @@ def _heat_maps(
         )
     return figure
 
-# %% ../nbs/api/17_show.ipynb #922be098
+# %% ../nbs/api/17_show.ipynb #e6113fce
 def teach(
     images: Sequence[Tensor | np.ndarray],  # (C, H, W) in [0, 1] each
     bank: object,  # a MemoryBank, or any Segmenter
@@ -1324,7 +1336,7 @@ def taught(
         _put(panel, _letterbox(_paint(ground, _pool_counts(mask, *ground.shape[:2]) > 0, alpha=opacity), size))
     return figure
 
-# %% ../nbs/api/17_show.ipynb #d25156e5
+# %% ../nbs/api/17_show.ipynb #dc03d4b6
 def watch(
     run: object,  # what `pretrain` or `finetune` gave, a history, or name -> these
     image: Tensor | np.ndarray | None = None,  # (C, H, W) in [0, 1], to rebuild and to compare patches of

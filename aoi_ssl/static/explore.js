@@ -187,12 +187,19 @@ class Explorer {
 
   current() { return this.cursor ?? this.hover; }
 
+  /** The ends of the colour scale, as show.scale_limits: the lowest tenth, and the most similar patch that is not held. */
   limits() {
     const own = this.get("limits");
-    if (own) return own;
-    let low = 1;
-    for (const map of this.maps ?? []) for (const v of map) if (v < low) low = v;
-    return [Math.max(0, low), 1];
+    if (own || !this.maps) return own ?? [0, 1];
+    if (this.range?.maps !== this.maps) {
+      const held = this.get("held").length ? this.get("held") : [this.current()];
+      const values = this.maps.map((map, i) => map.filter((_, k) => !held.some((h) => h.image === i && h.row * this.grids.grids[i].columns + h.column === k)));
+      const all = new Float32Array(values.reduce((n, v) => n + v.length, 0));
+      values.reduce((at, v) => { all.set(v, at); return at + v.length; }, 0);
+      all.sort();
+      this.range = { maps: this.maps, ends: all.length ? [all[Math.floor(all.length / 10)], all[all.length - 1]] : [0, 1] };
+    }
+    return this.range.ends;
   }
 
   // drawing
