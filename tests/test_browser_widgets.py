@@ -192,7 +192,7 @@ def wire_patches(seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 def test_explore(bench):
     "Click a wire patch: the trait says so, other wires light up; threshold, keys, bank, reload."
-    b = bench("explore.ipynb", EXPLORE, ASK_EXPLORE)
+    b = bench("explore.ipynb", EXPLORE, ASK_EXPLORE, height=1150)
     b.run(0)
     b.widget()
     b.shoot("explore-before", page=True)
