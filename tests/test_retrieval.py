@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from aoi_ssl import retrieval
 from aoi_ssl.core import AoiError
 from aoi_ssl.data import class_names, load_folder
 from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder
+from aoi_ssl.features import embed
 from aoi_ssl.metrics import THRESHOLDS, threshold_counts
+from aoi_ssl.patches import patchify_mask, unpatchify_mask
 from aoi_ssl.predict import Segmenter, predict_image
 from aoi_ssl.retrieval import (
     MemoryBank,
@@ -21,20 +24,18 @@ from aoi_ssl.retrieval import (
     attention_weights,
     build_bank,
     cross_validate,
-    embed,
     held_out_search,
     pack_bits,
     patch_folds,
     patch_images,
     patch_masks,
-    patchify_mask,
     remember_image,
     similarity_weights,
     top_k,
     unpack_bits,
-    unpatchify_mask,
 )
 
+paper_bank = partial(build_bank, method="paper")
 CLASSES = ("wire", "ball")
 
 
@@ -71,7 +72,7 @@ def pixels():
 
 @pytest.fixture
 def bank(dataset, pixels):
-    return build_bank(dataset, pixels, k=3, calibrate=False)
+    return paper_bank(dataset, pixels, k=3, calibrate=False)
 
 
 # --- pure functions -------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def test_an_ignore_label_reaches_the_bank_and_the_prediction(tmp_path, pixels):
 
     dataset = write(tmp_path, 2, shape=(32, 32), classes=("wire", "ball", "ignore"), draw=draw)
     assert class_names(dataset) == ["wire", "ball"]
-    bank = build_bank(dataset, pixels, k=1, calibrate=False)
+    bank = paper_bank(dataset, pixels, k=1, calibrate=False)
     assert len(bank.keys) == 7
     own = bank.predict(dataset[0]["image"][None])[0]
     expected = dataset[0]["mask"] & ~dataset[0]["ignore"]
@@ -217,7 +218,7 @@ def test_k_beyond_the_bank_uses_all_there_is(bank):
 
 
 def test_image_granularity_averages_whole_masks(dataset, pixels):
-    bank = build_bank(dataset, pixels, k=2, granularity="image", calibrate=False)
+    bank = paper_bank(dataset, pixels, k=2, granularity="image", calibrate=False)
     image = dataset[1]["image"]
     means = torch.stack([pixels.encode(dataset[i]["image"][None]).mean((0, 1, 2)) for i in range(5)])
     cosine = torch.nn.functional.cosine_similarity(means, means[1:2])
@@ -233,14 +234,14 @@ def test_image_granularity_skips_what_is_not_known(tmp_path, pixels):
         mask[2, :16, :16] = i == 0
 
     dataset = write(tmp_path, 2, shape=(32, 32), classes=("wire", "ball", "ignore"), draw=draw)
-    bank = build_bank(dataset, pixels, k=2, granularity="image", calibrate=False)
+    bank = paper_bank(dataset, pixels, k=2, granularity="image", calibrate=False)
     p = bank.predict(dataset[0]["image"][None])[0]
     assert torch.allclose(p[:, :16, :16], dataset[1]["mask"][:, :16, :16].float())
     assert len(bank.neighbours(dataset[0]["image"], 3, 3)) == 1
 
 
 def test_image_granularity_needs_one_size(dataset, pixels):
-    bank = build_bank(dataset, pixels, granularity="image", calibrate=False)
+    bank = paper_bank(dataset, pixels, granularity="image", calibrate=False)
     with pytest.raises(AoiError, match="64 x 64 .*40 x 56.*granularity='patch'"):
         bank.predict(torch.rand(1, 2, 64, 64))
 
@@ -251,7 +252,7 @@ def test_image_granularity_needs_one_size(dataset, pixels):
 @pytest.mark.parametrize("granularity", ["patch", "image"])
 @pytest.mark.parametrize("count", [3, 5])
 def test_no_fold_answers_itself(dataset, pixels, granularity, count):
-    bank = build_bank(dataset.select(range(count)), pixels, granularity=granularity, calibrate=False)
+    bank = paper_bank(dataset.select(range(count)), pixels, granularity=granularity, calibrate=False)
     folds = patch_folds(bank)
     assert len(folds.unique()) == count  # leave-one-out below five, five folds of one at five
     for image in range(count):
@@ -262,31 +263,32 @@ def test_no_fold_answers_itself(dataset, pixels, granularity, count):
 
 
 def test_more_images_than_folds_go_in_groups(tmp_path, pixels):
-    bank = build_bank(write(tmp_path, 7, shape=(16, 16)), pixels, calibrate=False)
-    assert sorted(patch_folds(bank).bincount().tolist()) == [1, 1, 1, 2, 2]
-    _, rows = held_out_search(bank, torch.arange(7), patch_folds(bank), 30)
+    bank = paper_bank(write(tmp_path, 7, shape=(16, 16)), pixels, calibrate=False)
+    folds = patch_folds(bank, folds=5)
+    assert sorted(folds.bincount().tolist()) == [1, 1, 1, 2, 2]
+    _, rows = held_out_search(bank, torch.arange(7), folds, 30)
     assert rows.shape == (7, 5)  # never more neighbours than the smallest rest has
-    assert (patch_folds(bank)[rows] != patch_folds(bank)[:, None]).all()
+    assert (folds[rows] != folds[:, None]).all() and len(patch_folds(bank).unique()) == 7
 
 
 @pytest.mark.parametrize("aggregation", ["similarity", "attention"])
 def test_cross_validation_equals_leaving_each_image_out_in_truth(dataset, pixels, aggregation):
     "The short cut over cached neighbours against banks that are really built without the image."
     options = {"aggregation": aggregation, "calibrate": False}
-    bank = build_bank(dataset.select(range(3)), pixels, **options)
+    bank = paper_bank(dataset.select(range(3)), pixels, **options)
     counts = cross_validate(bank, ks=(1, 4), betas=(0.05, 0.2))
     assert len(counts) == (2 if aggregation == "similarity" else 4)
-    for (k, beta), got in counts.items():
+    for (k, beta, _), got in counts.items():
         expected = 0
         for i in range(3):
-            rest = build_bank(dataset.select([j for j in range(3) if j != i]), pixels, k=k, beta=beta, **options)
+            rest = paper_bank(dataset.select([j for j in range(3) if j != i]), pixels, k=k, beta=beta, **options)
             p = rest.predict(dataset[i]["image"][None])[0]
             expected = expected + threshold_counts(p, dataset[i]["mask"])
         assert (got - expected).abs().max() <= 2  # a pixel whose probability is a threshold, to the last bit
 
 
 def test_the_best_k_and_thresholds_are_taken(dataset, pixels):
-    bank = build_bank(dataset, pixels)
+    bank = paper_bank(dataset, pixels)
     curves = bank.calibrate()
     best = curves.groupby(["k", "class"])["iou"].max().groupby("k").mean()
     assert best.idxmax() == bank.k and set(best.index) == {1, 3, 5, 10, 20, 30}
@@ -298,7 +300,7 @@ def test_the_best_k_and_thresholds_are_taken(dataset, pixels):
 
 
 def test_what_is_given_is_kept(dataset, pixels):
-    bank = build_bank(dataset, pixels, k=4, beta=0.07, aggregation="attention")
+    bank = paper_bank(dataset, pixels, k=4, beta=0.07, aggregation="attention")
     assert (bank.k, bank.beta) == (4, 0.07) and (bank.thresholds != 0.5).any()
 
 
@@ -310,13 +312,13 @@ def test_one_seed_one_result_even_when_patches_are_sampled(bank):
 
 def test_one_image_is_judged_by_its_halves(dataset, pixels):
     with pytest.warns(UserWarning, match="halves"):
-        bank = build_bank(dataset.select([2]), pixels)
+        bank = paper_bank(dataset.select([2]), pixels)
     folds = patch_folds(bank)
     assert folds.equal((bank.x >= 28).long())  # 40 x 56: cut across the longer side
     _, rows = held_out_search(bank, torch.arange(len(bank.keys)), folds, 30)
     assert (folds[rows] != folds[:, None]).all()
     with pytest.warns(UserWarning, match="nothing to calibrate"):
-        build_bank(dataset.select([2]), pixels, granularity="image")
+        paper_bank(dataset.select([2]), pixels, granularity="image")
 
 
 @pytest.mark.parametrize(("shape", "count", "granularity"), [
@@ -334,7 +336,7 @@ def test_one_fold_keeps_what_the_bank_has(tmp_path, pixels, shape, count, granul
 
     dataset = write(tmp_path, count, shape=shape, classes=("wire", "ball", "ignore"), draw=draw)
     with pytest.warns(UserWarning, match=r"one fold: nothing to calibrate on. k stays 5 .*wire 0\.50, ball 0\.50"):
-        bank = build_bank(dataset, pixels, granularity=granularity)
+        bank = paper_bank(dataset, pixels, granularity=granularity)
     assert bank.k == 5 and bank.thresholds.tolist() == [0.5, 0.5]
     bank.k = 1
     own, item = bank.predict(dataset[0]["image"][None])[0], dataset[0]
@@ -349,7 +351,7 @@ def test_an_ignored_image_takes_no_part_in_the_folds(tmp_path, pixels):
 
     dataset = write(tmp_path, 2, shape=(32, 32), classes=("wire", "ball", "ignore"), draw=draw)
     with pytest.warns(UserWarning, match="halves"):
-        bank = build_bank(dataset, pixels)
+        bank = paper_bank(dataset, pixels)
     assert [record["classes"] for record in bank.images] == [["wire", "ball"], []]
     assert len(patch_folds(bank).unique()) == 2
 
@@ -360,14 +362,14 @@ def test_each_image_and_mask_is_decoded_once(tmp_path, pixels, monkeypatch):
     dataset, read, plain = write(tmp_path, 2), [], {n: getattr(data, n) for n in ("read_native", "read_mask")}
     for name in plain:
         monkeypatch.setattr(data, name, lambda *a, n=name, **o: (read.append(n), plain[n](*a, **o))[1])
-    build_bank(dataset, pixels, k=1, calibrate=False)
+    paper_bank(dataset, pixels, k=1, calibrate=False)
     assert sorted(read) == ["read_mask"] * 2 + ["read_native"] * 2
 
 
 def test_a_class_that_the_bank_lacks_is_named_and_never_predicted(tmp_path, pixels):
     dataset = write(tmp_path, 3, classes=("wire", "ball", "wedge"))
     with pytest.warns(UserWarning, match="No image of the bank shows wedge"):
-        bank = build_bank(dataset, pixels)
+        bank = paper_bank(dataset, pixels)
     assert bank.thresholds[2] == 1.0 and (bank.thresholds[:2] < 1).all()
     assert bank.predict(dataset[0]["image"][None])[:, 2].max() == 0
 
@@ -378,7 +380,7 @@ def test_a_class_of_one_image_is_still_predicted(tmp_path, pixels):
 
     dataset = write(tmp_path, 3, classes=("wire", "ball", "wedge"), draw=draw)
     with pytest.warns(UserWarning, match="wedge: never hit .* median"):
-        bank = build_bank(dataset, pixels)
+        bank = paper_bank(dataset, pixels)
     low, high = bank.thresholds[:2].min(), bank.thresholds[:2].max()
     assert low <= bank.thresholds[2] <= high < 1
 
@@ -397,7 +399,7 @@ def test_neighbours_say_where_a_pixel_comes_from(bank, dataset):
     image, table = dataset[4]["image"], None
     table = bank.neighbours(image, 35, 50, k=4)
     first = table.iloc[0]
-    assert list(table.columns) == ["stem", "device", "row", "column", "similarity", "weight", "y", "x", "key"]
+    assert list(table.columns) == ["stem", "device", "row", "column", "similarity", "weight", "y", "x", "turn", "key"]
     assert (first.stem, first.device, first.row, first.column) == (dataset[4]["stem"], "d001", 2, 3)
     assert (first.y, first.x) == (32, 48) and first.similarity == pytest.approx(1) and len(table) == 4
     assert table.similarity.is_monotonic_decreasing and table.weight.sum() == pytest.approx(1)
@@ -411,7 +413,7 @@ def test_neighbours_say_where_a_pixel_comes_from(bank, dataset):
 
 def test_neighbours_see_a_patch_as_the_bank_did(dataset):
     "A ViT gives a patch another embedding in another window: `neighbours` must take the window that was remembered."
-    bank = build_bank(dataset.select([0, 1]), ViTEncoder("nano", image_size=32), size=32, k=1, calibrate=False)
+    bank = paper_bank(dataset.select([0, 1]), ViTEncoder("nano", image_size=32), size=32, k=1, calibrate=False)
     for y, x in [(3, 50), (20, 20), (20, 50), (39, 40)]:
         first = bank.neighbours(dataset[1]["image"], y, x).iloc[0]
         assert (first.stem, first.row, first.column) == (dataset[1]["stem"], y // 16, x // 16)
@@ -429,8 +431,8 @@ def test_neighbours_of_no_pixel(bank, dataset):
 
 
 def test_adding_images_is_building_with_them(dataset, pixels):
-    grown = build_bank(dataset.select([0, 1]), pixels, k=3, calibrate=False).add(dataset.select([2, 3]))
-    whole = build_bank(dataset.select(range(4)), pixels, k=3)
+    grown = paper_bank(dataset.select([0, 1]), pixels, k=3, calibrate=False).add(dataset.select([2, 3]))
+    whole = paper_bank(dataset.select(range(4)), pixels, k=3)
     assert grown.images == whole.images and grown.image.equal(whole.image)
     assert grown.predict(dataset[4]["image"][None]).equal(whole.predict(dataset[4]["image"][None]))
     assert grown.thresholds.equal(whole.thresholds) and grown.k == 3
@@ -446,7 +448,7 @@ def test_a_refused_addition_changes_nothing(tmp_path, bank, dataset):
 
 
 def test_save_and_load(tmp_path, dataset):
-    bank = build_bank(dataset, ViTEncoder("nano", image_size=32), aggregation="attention")
+    bank = paper_bank(dataset, ViTEncoder("nano", image_size=32), aggregation="attention")
     bank.save(tmp_path / "bank")
     again = Segmenter.load(tmp_path / "bank")
     image = torch.rand(1, 2, 40, 50)
@@ -500,34 +502,36 @@ def test_an_encoder_of_another_length_is_refused(bank):
 
 def test_other_lights_are_refused(bank, dataset):
     with pytest.raises(AoiError, match="2 channels; this model was made for 1"):
-        build_bank(dataset, PixelEncoder(channels=1))
+        paper_bank(dataset, PixelEncoder(channels=1))
     with pytest.raises(AoiError, match="channels"):
         bank.predict(torch.rand(1, 3, 32, 32))
 
 
 def test_unlabelled_images_are_refused_by_name(tmp_path, pixels):
     with pytest.raises(AoiError, match="acme/d001/im0 has no labels"):
-        build_bank(write(tmp_path, 1, unlabelled=(0,)), pixels)
+        paper_bank(write(tmp_path, 1, unlabelled=(0,)), pixels)
 
 
 def test_nothing_to_remember(tmp_path, dataset, pixels):
     with pytest.raises(AoiError, match="0 images and no labelled patch"):
-        build_bank(dataset.select([]), pixels)
+        paper_bank(dataset.select([]), pixels)
 
     def draw(mask, i):
         mask[2] = True
 
     ignored = write(tmp_path, 1, classes=("wire", "ball", "ignore"), draw=draw)
     with pytest.raises(AoiError, match="1 images and no labelled patch"):
-        build_bank(ignored, pixels)
+        paper_bank(ignored, pixels)
 
 
 @pytest.mark.parametrize(
-    "option", [{"k": 0}, {"k": 2.5}, {"aggregation": "mean"}, {"beta": 0.0}, {"granularity": "pixel"}, {"size": 100}]
+    "option",
+    [{"k": 0}, {"k": 2.5}, {"aggregation": "mean"}, {"beta": 0.0}, {"mix": 1.5}, {"granularity": "pixel"}, {"size": 100},
+     {"method": "best"}, {"halo": -1}, {"turns": 3}, {"decoder": "tree"}, {"position": "lost"}, {"whiten": 0}],
 )
 def test_options_that_do_not_exist(dataset, pixels, option):
     with pytest.raises(AoiError, match=f"{next(iter(option))} is {next(iter(option.values()))!r}"):
-        build_bank(dataset, pixels, **option)
+        paper_bank(dataset, pixels, **option)
 
 
 def test_the_encoder_is_left_as_it_was(dataset):
