@@ -20,20 +20,17 @@ from aoi_ssl.patches import patchify_mask, unpatchify_mask
 from aoi_ssl.predict import Segmenter, predict_image
 from aoi_ssl.retrieval import (
     MemoryBank,
-    aggregate,
     attention_weights,
     build_bank,
     cross_validate,
     held_out_search,
-    pack_bits,
     patch_folds,
     patch_images,
     patch_masks,
     remember_image,
     similarity_weights,
-    top_k,
-    unpack_bits,
 )
+from aoi_ssl.search import aggregate, pack_bits, top_k, unpack_bits
 
 paper_bank = partial(build_bank, method="paper")
 CLASSES = ("wire", "ball")
