@@ -7,7 +7,7 @@ __all__ = ['shift_offsets', 'grid_corner', 'mirror', 'grid_windows', 'embed', 'w
            'Step', 'Balance', 'Centre', 'Whiten', 'cosine_basis', 'Unplace', 'Place', 'FeatureSpace', 'restore_space',
            'fit_space', 'sample_embeddings']
 
-# %% ../nbs/api/12_features.ipynb #fcf33602
+# %% ../nbs/api/12_features.ipynb #a373d471
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ from .data import native_item, to_unit
 from .encoder import Encoder, ViTEncoder, _hash
 from .tiles import windows
 
-# %% ../nbs/api/12_features.ipynb #f87f1eac
+# %% ../nbs/api/12_features.ipynb #4673e803
 def shift_offsets(
     count: int,  # how many grids: 1, 2, 4, 8 ...
     patch_size: int,  # P, pixels
@@ -42,7 +42,7 @@ def shift_offsets(
                        "are possible. Try 4.")
     return found
 
-# %% ../nbs/api/12_features.ipynb #6c058ffa
+# %% ../nbs/api/12_features.ipynb #1bdb1388
 def grid_corner(
     shift: tuple[int, int],  # (dy, dx), pixels, 0 .. P - 1
     patch_size: int,  # P, pixels
@@ -64,7 +64,7 @@ def mirror(
             images = images.index_select(side, torch.minimum(index, 2 * size - 1 - index))
     return images
 
-# %% ../nbs/api/12_features.ipynb #a3422301
+# %% ../nbs/api/12_features.ipynb #ec032238
 def grid_windows(
     height: int,  # pixels of the image
     width: int,  # pixels
@@ -99,7 +99,7 @@ def embed(
         grid[:, r:r + rows, c:c + columns] = part
     return grid
 
-# %% ../nbs/api/12_features.ipynb #6e1953ff
+# %% ../nbs/api/12_features.ipynb #afc332e7
 def window_places(
     height: int,  # pixels of the image
     width: int,  # pixels
@@ -116,7 +116,7 @@ def window_places(
         places[r:r + rows, c:c + columns] = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)
     return places
 
-# %% ../nbs/api/12_features.ipynb #3a2ba343
+# %% ../nbs/api/12_features.ipynb #91f3ea29
 def with_layers(
     encoder: Encoder,  # whatever its kind
     layers: int | Sequence[int] | None,  # blocks by number, 1 is the first; or how many; None: as the encoder has them
@@ -144,7 +144,7 @@ def layer_count(
     "How many blocks' outputs an embedding is made of."
     return len(encoder.layers) if isinstance(encoder, ViTEncoder) else 1
 
-# %% ../nbs/api/12_features.ipynb #83bb724d
+# %% ../nbs/api/12_features.ipynb #f4853a8d
 class Step(nn.Module):
     "One map of a feature space. Subclasses have `kind`, `fit` and `forward`."
 
@@ -174,7 +174,7 @@ class Step(nn.Module):
         "Embeddings (..., D) at places (..., 2), mapped."
         raise NotImplementedError
 
-# %% ../nbs/api/12_features.ipynb #ecb49010
+# %% ../nbs/api/12_features.ipynb #bcd2dc8f
 class Balance(Step):
     "Each of `parts` equal parts of the embedding gets length 1."
 
@@ -184,7 +184,7 @@ class Balance(Step):
         "(..., D)."
         return F.normalize(x.unflatten(-1, (self.options["parts"], -1)), dim=-1).flatten(-2)
 
-# %% ../nbs/api/12_features.ipynb #8152ee26
+# %% ../nbs/api/12_features.ipynb #ed1b4c70
 class Centre(Step):
     "Take the mean embedding away."
 
@@ -199,7 +199,7 @@ class Centre(Step):
         "(..., D)."
         return x - self.mean
 
-# %% ../nbs/api/12_features.ipynb #6b4e200c
+# %% ../nbs/api/12_features.ipynb #9ffee25a
 class Whiten(Step):
     "Centre, keep the strongest directions, and give them the same variance (PCA whitening, shrunk)."
 
@@ -221,7 +221,7 @@ class Whiten(Step):
         "(..., dims)."
         return (x - self.mean) @ self.matrix
 
-# %% ../nbs/api/12_features.ipynb #1d28fae3
+# %% ../nbs/api/12_features.ipynb #31fda2fc
 def cosine_basis(
     places: Tensor,  # (..., 2) in 0 .. 1
     order: int,  # functions per axis
@@ -242,7 +242,7 @@ class Unplace(Step):
         basis = cosine_basis(places, order).double()
         gram = basis.T @ basis + 1e-3 * len(x) * torch.eye(order * order, dtype=torch.float64, device=x.device)
         weight = torch.linalg.solve(gram, basis.T @ (x - x.mean(0)).double())
-        weight[0] = 0  # the mean stays
+        weight[0] = -basis[:, 1:].mean(0) @ weight[1:]  # the mean stays
         return cls({"weight": weight}, order=order)
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class Place(Step):
         wave = torch.cat([torch.sin(torch.pi * places), torch.cos(torch.pi * places)], -1) / 2**0.5
         return torch.cat([F.normalize(x, dim=-1), self.options["weight"] * wave.to(x)], -1)
 
-# %% ../nbs/api/12_features.ipynb #19511e1f
+# %% ../nbs/api/12_features.ipynb #36da51be
 class FeatureSpace(nn.Module):
     "Embeddings to keys: some steps, then length 1."
 
@@ -290,7 +290,7 @@ class FeatureSpace(nn.Module):
         "The space that `settings()` and `state_dict()` describe; see `restore_space`."
         return restore_space(settings, tensors)
 
-# %% ../nbs/api/12_features.ipynb #f9d378e6
+# %% ../nbs/api/12_features.ipynb #24b6dfd3
 def restore_space(
     settings: Sequence[Mapping],  # from `FeatureSpace.settings`
     tensors: Mapping[str, Tensor],  # from its `state_dict`
@@ -308,7 +308,7 @@ def restore_space(
         steps.append(Step.kinds[kind](own, **options))
     return FeatureSpace(steps)
 
-# %% ../nbs/api/12_features.ipynb #106b50e1
+# %% ../nbs/api/12_features.ipynb #e4a7f138
 def fit_space(
     x: Tensor,  # (N, D) embeddings
     places: Tensor,  # (N, 2) where they lie in their windows, 0 .. 1
@@ -330,7 +330,7 @@ def fit_space(
         x = steps[-1](x, places)
     return FeatureSpace(steps)
 
-# %% ../nbs/api/12_features.ipynb #d331538d
+# %% ../nbs/api/12_features.ipynb #4ea2171f
 def sample_embeddings(
     dataset,  # from `load_folder`; labels are not looked at
     encoder: Encoder,  # image -> grid of embeddings
