@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'similarity_weights', 'attention_weights', 'distance_weights', 'cast_votes', 'Recipe', 'make_recipe',
-           'recipe_name', 'turned', 'turned_back', 'remember_image', 'remember', 'MemoryBank', 'recall_otherwise',
-           'to_keys', 'search', 'neighbour_weights', 'recall', 'mask_length', 'lay_rows', 'voices', 'shared',
-           'predict_bank', 'regress', 'bank_moments', 'fold_moments', 'fit_regression', 'patch_folds', 'Region',
-           'judged_regions', 'region_rows', 'held_out_search', 'cached_search', 'region_cells', 'lay_region',
+           'recipe_name', 'turned', 'turned_back', 'grid_keys', 'remember_image', 'remember', 'MemoryBank',
+           'recall_otherwise', 'to_keys', 'search', 'neighbour_weights', 'recall', 'mask_length', 'lay_rows', 'voices',
+           'shared', 'predict_bank', 'regress', 'bank_moments', 'fold_moments', 'fit_regression', 'patch_folds',
+           'Region', 'judged_regions', 'region_rows', 'held_out_search', 'cached_search', 'region_cells', 'lay_region',
            'region_masks', 'patch_masks', 'Setting', 'held_out_maps', 'cross_validate', 'held_out_regression',
            'calibrate_bank', 'learn_space', 'build_bank', 'keys_at', 'find_neighbours', 'key_frame', 'patch_images',
            'covering_cells', 'explain_pixel', 'extend_bank', 'subset_bank', 'shrink_bank', 'merge_banks',
@@ -33,8 +33,8 @@ from tqdm.auto import tqdm
 from .core import AoiError, step_seed
 from .data import class_names, native_item, to_unit
 from .encoder import Encoder, check_images
-from .features import FeatureSpace, embed, fit_space, grid_corner, grid_windows, layer_count, mirror, restore_space
-from .features import sample_embeddings, shift_offsets, window_places, with_layers
+from .features import FeatureSpace, embed, fit_space, grid_corner, grid_windows, layer_count, mirror, recentre
+from .features import restore_space, sample_embeddings, shift_offsets, window_owners, window_places, with_layers
 from .metrics import THRESHOLDS, best_thresholds, counts_frame, scores, threshold_counts
 from .patches import Moments, guided_filter, lay, moments, patchify_mask, rim_weights, solve_ridge, unpatchify_mask
 from .patches import with_one
@@ -58,7 +58,7 @@ def attention_weights(
     "Weights by attention, `softmax(s / beta)` (AOI-SSL, retrieval)."
     return (similarity / beta).softmax(-1)
 
-# %% ../nbs/api/14_retrieval.ipynb #dc1e7406
+# %% ../nbs/api/14_retrieval.ipynb #e64d59ef
 def distance_weights(
     similarity: Tensor,  # (..., k) cosines
 ) -> Tensor:  # (..., k) in [0, 1], of sum 1
@@ -80,22 +80,26 @@ def cast_votes(
     weights = weights.masked_fill(index < 0, 0)
     votes, total, whole = weights.new_empty(len(index), count), weights.sum(-1, keepdim=True), True
     for start in range(0, len(index), block):
-        part = slice(start, start + block)
-        rows, place = index[part].clamp(min=0).unique(return_inverse=True)
-        votes[part] = F.embedding_bag(place, unpack_bits(values[rows], count), per_sample_weights=weights[part], mode="sum")
-        if known is not None and not (known[rows] == 255).all():
-            total, whole = total if not whole else total.repeat(1, count), False
-            total[part] = F.embedding_bag(place, unpack_bits(known[rows], count), per_sample_weights=weights[part], mode="sum")
+        w = weights[start:start + block]
+        rows, place = index[start:start + block].clamp(min=0).unique(return_inverse=True)
+        votes[start:start + block] = F.embedding_bag(place, unpack_bits(values[rows], count), per_sample_weights=w, mode="sum")
+        partial = None if known is None else (known[rows] != 255).any(1)
+        if partial is not None and partial.any():  # few patches lie at a border: only who asks them pays for it
+            total, whole = total.repeat(1, count) if whole else total, False
+            asked = partial[place].any(1).nonzero().flatten()
+            few, place = place[asked].unique(return_inverse=True)
+            knows = F.embedding_bag(place, unpack_bits(known[rows[few]], count), per_sample_weights=w[asked], mode="sum")
+            total[start + asked] = knows
     return votes, total
 
-# %% ../nbs/api/14_retrieval.ipynb #333f7155
+# %% ../nbs/api/14_retrieval.ipynb #be0c879f
 @dataclass(frozen=True)
 class Recipe:
     "How a bank remembers and recalls. The defaults are the paper's."
 
     layers: int | tuple[int, ...] | None = None  # blocks of the encoder: how many, or which; None: as it has them
     position: str = "keep"  # what the place in the window adds to an embedding: "keep", "remove", or "append" to the key
-    centre: bool = False  # take the mean embedding away
+    centre: str = "none"  # take away the mean embedding of the "bank", or that of each "window", or "none"
     whiten: int | None = None  # dimensions of whitened keys, at most; None: not whitened
     shrink: float = 1.0  # of the whitening: share of the mean variance that is added to each direction
     bank_shifts: int = 1  # grids on which an image is remembered: 1, 2, 4, 8, 16 ...
@@ -116,7 +120,7 @@ METHODS = {
     "finest": Recipe(whiten=128, bank_shifts=16, query_shifts=4, halo=4, aggregation="distance", refine=1),
 }
 
-# %% ../nbs/api/14_retrieval.ipynb #dd60ec05
+# %% ../nbs/api/14_retrieval.ipynb #4558d3ae
 def make_recipe(
     method: str | Recipe = "aligned",  # a name in METHODS, or a recipe
     **changes: object,  # options of `Recipe` that are to be different
@@ -141,6 +145,7 @@ def _check_recipe(
 ) -> None:
     "Raise `AoiError` for an option that no bank has."
     choices = {
+        "centre": ("none", "bank", "window"),
         "position": ("keep", "remove", "append"),
         "granularity": ("patch", "image"),
         "aggregation": ("similarity", "attention", "distance"),
@@ -172,7 +177,7 @@ def recipe_name(
     "The name of a recipe that has one."
     return next((name for name, known in METHODS.items() if known == recipe), "custom")
 
-# %% ../nbs/api/14_retrieval.ipynb #17e4ef17
+# %% ../nbs/api/14_retrieval.ipynb #5d5ecbcf
 def turned(
     images: Tensor,  # (..., H, W)
     turn: int,  # 0: as it is; 1: half a turn; 2, 3: quarter turns; 4 to 7: the same after mirroring left and right
@@ -197,6 +202,24 @@ def turned_back(
         height, width = width, height
     return y, (width - patch_size - x if turn >= 4 else x)
 
+# %% ../nbs/api/14_retrieval.ipynb #87b20c4e
+def grid_keys(
+    grid: Tensor,  # (B, R, C, D) embeddings of whole images
+    space: FeatureSpace,  # embedding -> key
+    recipe: Recipe,  # whether windows are centred
+    patch_size: int,  # P, pixels
+    height: int,  # pixels of the images
+    width: int,  # pixels
+    *,
+    size: int = 512,  # side of an encoder window, pixels
+    shift: tuple[int, int] = (0, 0),  # of the grid
+) -> Tensor:  # (B, R, C, d) of length 1
+    "Embeddings as they are compared."
+    where = {"size": size, "shift": shift}
+    if recipe.centre == "window":
+        grid = recentre(grid, window_owners(height, width, patch_size, **where))
+    return space(grid, window_places(height, width, patch_size, **where).to(grid.device))
+
 # %% ../nbs/api/14_retrieval.ipynb #86275db7
 def remember_image(
     item: Mapping,  # a row of a dataset: image, mask, ignore
@@ -218,8 +241,8 @@ def remember_image(
             if whole is None:
                 middle = torch.full((1, 2), 0.5, device=grid.device)
                 whole = space(grid.mean((0, 1))[None], middle).cpu()
-            places = window_places(*image.shape[-2:], encoder.patch_size, size=size, shift=shift).to(grid.device)
-            part = _remember_grid(space(grid, places).cpu(), mask, known, encoder.patch_size, shift, recipe.halo)
+            keys = grid_keys(grid[None], space, recipe, encoder.patch_size, *image.shape[-2:], size=size, shift=shift)[0]
+            part = _remember_grid(keys.cpu(), mask, known, encoder.patch_size, shift, recipe.halo)
             part["y"], part["x"] = turned_back(part["y"], part["x"], turn, encoder.patch_size, item["mask"].shape[-2:])
             parts.append(part | {"turn": torch.full_like(part["y"], turn, dtype=torch.uint8)})
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -417,7 +440,7 @@ def _check_contents(
         twice = stems[stems.duplicated()].iloc[0]
         raise AoiError(f"{twice} would be in the bank twice; each image belongs there once. Leave the second out.")
 
-# %% ../nbs/api/14_retrieval.ipynb #500809a5
+# %% ../nbs/api/14_retrieval.ipynb #ead0f953
 def recall_otherwise(
     bank: MemoryBank,  # stays as it is
     *,
@@ -453,7 +476,7 @@ def _with_rows(
         made.thresholds, made.regression = bank.thresholds.clone(), bank.regression
     return made
 
-# %% ../nbs/api/14_retrieval.ipynb #7ab16dc3
+# %% ../nbs/api/14_retrieval.ipynb #03d52e85
 def to_keys(
     bank: MemoryBank,  # whose feature space counts
     grid: Tensor,  # (B, R, C, D) embeddings of whole images
@@ -462,7 +485,8 @@ def to_keys(
     shift: tuple[int, int] = (0, 0),  # of the grid
 ) -> Tensor:  # (B, R, C, d) of length 1
     "Embeddings as the bank compares them."
-    return bank.space(grid, window_places(height, width, bank.encoder.patch_size, size=bank.size, shift=shift).to(grid.device))
+    options = {"size": bank.size, "shift": shift}
+    return grid_keys(grid, bank.space, bank.recipe, bank.encoder.patch_size, height, width, **options)
 
 # %% ../nbs/api/14_retrieval.ipynb #0b32e0f6
 def search(
@@ -550,7 +574,7 @@ def lay_rows(
         patches = numbers.unflatten(-1, (len(bank.classes), side, side))
     return lay(patches.unflatten(0, cells), height, width, corner=corner, halo=bank.recipe.halo)
 
-# %% ../nbs/api/14_retrieval.ipynb #b8372cc2
+# %% ../nbs/api/14_retrieval.ipynb #3bce0863
 def voices(
     bank: MemoryBank,  # the bank
     mix: float | None = None,  # share of the regression in a mixture; None: the bank's own
@@ -590,7 +614,7 @@ def predict_bank(
     result = shared(sums, voices(bank))
     return guided_filter(result, images.to(result), radius=bank.recipe.refine) if bank.recipe.refine else result
 
-# %% ../nbs/api/14_retrieval.ipynb #25056c66
+# %% ../nbs/api/14_retrieval.ipynb #d6201d1c
 def regress(
     keys: Tensor,  # (Q, d)
     regression: Tensor,  # (d + 1, n), from `solve_ridge`
@@ -672,7 +696,7 @@ def _shared_classes(
     "The classes that two images or more of the bank show."
     return [name for name in bank.classes if sum(name in record["classes"] for record in bank.images) > 1]
 
-# %% ../nbs/api/14_retrieval.ipynb #e284be15
+# %% ../nbs/api/14_retrieval.ipynb #77244f4a
 class Region(NamedTuple):
     "A part of a remembered image that is judged, in pixels."
 
@@ -773,7 +797,7 @@ def cached_search(
     bank._cache["search"] = {"queries": queries, "folds": folds, "similarity": similarity, "rows": rows}
     return similarity, rows
 
-# %% ../nbs/api/14_retrieval.ipynb #91ffad9a
+# %% ../nbs/api/14_retrieval.ipynb #6e7248a2
 def region_cells(
     bank: MemoryBank,  # the bank
     rows: Tensor,  # (n,) rows of the bank on one grid
@@ -831,7 +855,7 @@ def patch_masks(
     packed = getattr(bank, what)[torch.as_tensor(rows, device=bank.keys.device)]
     return unpack_bits(packed, mask_length(bank)).bool().unflatten(1, (len(bank.classes), side, side))
 
-# %% ../nbs/api/14_retrieval.ipynb #0dc9b19c
+# %% ../nbs/api/14_retrieval.ipynb #4c504b25
 class Setting(NamedTuple):
     "What cross-validation chooses."
 
@@ -991,7 +1015,7 @@ def _curve_frame(
     ]
     return scores(pd.concat(frames), by=("k", "beta", "mix", "class", "threshold"))
 
-# %% ../nbs/api/14_retrieval.ipynb #5462999d
+# %% ../nbs/api/14_retrieval.ipynb #dceff83f
 def learn_space(
     dataset,  # images to learn from; labels are not looked at
     encoder: Encoder,  # image -> grid of embeddings, as `build_bank` takes it
@@ -1003,11 +1027,12 @@ def learn_space(
 ) -> FeatureSpace:  # embedding -> key
     "The feature space that a recipe asks for."
     recipe = make_recipe(method, **changes)
-    if recipe.position == "keep" and not recipe.centre and not recipe.whiten and recipe.layers is None:
+    if recipe.position == "keep" and recipe.centre != "bank" and not recipe.whiten and recipe.layers is None:
         return FeatureSpace()
     encoder = with_layers(encoder, recipe.layers)
-    samples = sample_embeddings(dataset, encoder, size=size, seed=seed)
-    options = {name: getattr(recipe, name) for name in ("position", "centre", "whiten", "shrink")}
+    samples = sample_embeddings(dataset, encoder, size=size, centred=recipe.centre == "window", seed=seed)
+    options = {name: getattr(recipe, name) for name in ("position", "whiten", "shrink")}
+    options["centre"] = recipe.centre == "bank"
     return fit_space(*samples, parts=layer_count(encoder), **options).to(encoder.mean.device)
 
 # %% ../nbs/api/14_retrieval.ipynb #f80b6ac4
@@ -1046,7 +1071,7 @@ def build_bank(
         calibrate_bank(bank, seed=seed, progress=progress, **grids)
     return bank
 
-# %% ../nbs/api/14_retrieval.ipynb #40eea66d
+# %% ../nbs/api/14_retrieval.ipynb #6b0382ef
 def keys_at(
     bank: MemoryBank,  # the bank
     images: Tensor,  # (1, C, H, W) in [0, 1]
@@ -1056,16 +1081,19 @@ def keys_at(
 ) -> Tensor:  # (n, d)
     "Keys of single patches: only the windows that hold them are encoded, as they are in a whole image."
     p, (height, width), made, found = bank.encoder.patch_size, images.shape[-2:], {}, []
-    boxes, (top, left) = grid_windows(height, width, p, size=bank.size, shift=shift), grid_corner(shift, p)
-    whole, places = mirror(images, -top, -left), window_places(height, width, p, size=bank.size, shift=shift)
+    where = {"size": bank.size, "shift": shift}
+    boxes, (top, left) = grid_windows(height, width, p, **where), grid_corner(shift, p)
+    owners, places = (f(height, width, p, **where) for f in (window_owners, window_places))
+    whole = mirror(images, -top, -left)
     for row, column in cells:
-        box = [b for b in boxes if 0 <= row - b[0] < b[2] and 0 <= column - b[1] < b[3]][-1]
-        if box not in made:
-            y, x, h, w = (n * p for n in box)
-            made[box] = bank.encoder.encode(whole[..., y:y + h, x:x + w])[0].float()
-        found.append(made[box][row - box[0], column - box[1]])
-    where = torch.stack([places[cell] for cell in cells]).to(found[0].device)
-    return bank.space(torch.stack(found), where)
+        number = int(owners[row, column])
+        r, c, rows, columns = boxes[number]
+        if number not in made:
+            made[number] = bank.encoder.encode(whole[..., r * p:(r + rows) * p, c * p:(c + columns) * p]).float()
+            if bank.recipe.centre == "window":
+                made[number] = recentre(made[number], (owners[r:r + rows, c:c + columns] == number).long())
+        found.append(made[number][0, row - r, column - c])
+    return bank.space(torch.stack(found), torch.stack([places[cell] for cell in cells]).to(found[0].device))
 
 
 def _check_pixel(bank: MemoryBank, image: Tensor, y: int, x: int) -> Tensor:  # (1, C, H, W)
@@ -1142,7 +1170,7 @@ def patch_images(
     cut = [read[row.stem][:, row.y + size:row.y + size + side, row.x + size:row.x + size + side] for row in table.itertuples()]
     return torch.stack([turned(picture, turn) for picture, turn in zip(cut, table["turn"], strict=True)])
 
-# %% ../nbs/api/14_retrieval.ipynb #d5f89cdb
+# %% ../nbs/api/14_retrieval.ipynb #7241a5f8
 def covering_cells(
     patch_size: int,  # P, pixels
     halo: int,  # pixels
@@ -1227,7 +1255,7 @@ def _changed(bank: MemoryBank, calibrate: bool) -> MemoryBank:
         calibrate_bank(bank, ks=(bank.k,), betas=(bank.beta,), mixes=(bank.mix,))
     return bank
 
-# %% ../nbs/api/14_retrieval.ipynb #7073e97a
+# %% ../nbs/api/14_retrieval.ipynb #5ae0e9ce
 def _chosen_images(
     bank: MemoryBank,  # the bank
     stem: str | Sequence[str] | None,  # names of images
@@ -1286,7 +1314,7 @@ def _keep_classes(
     images = [{**record, "classes": [name for name in record["classes"] if name in classes]} for record in images]
     return tensors | packed, images
 
-# %% ../nbs/api/14_retrieval.ipynb #25d71608
+# %% ../nbs/api/14_retrieval.ipynb #29814f64
 def subset_bank(
     bank: MemoryBank,  # stays as it is
     *,
@@ -1334,7 +1362,7 @@ def _reduced(bank: MemoryBank, keep: Sequence[bool], classes: list[str], calibra
     made.thresholds = bank.thresholds[places].clone()
     return _changed(made, calibrate)
 
-# %% ../nbs/api/14_retrieval.ipynb #25887f4d
+# %% ../nbs/api/14_retrieval.ipynb #b3435d05
 def merge_banks(
     bank: MemoryBank,  # stays as it is
     other: MemoryBank,  # stays as it is
@@ -1360,7 +1388,7 @@ def merge_banks(
     made = _with_rows(bank, {name: getattr(bank, name) for name in _TENSORS}, bank.images, bank.lights)
     return _append(made, tensors, other.images, other.lights, calibrate=calibrate)
 
-# %% ../nbs/api/14_retrieval.ipynb #9a6850bf
+# %% ../nbs/api/14_retrieval.ipynb #e4728161
 def estimate_bank(
     dataset,  # labelled images; none is opened
     encoder: Encoder,  # image -> grid of embeddings

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import warnings
 from functools import partial
 
@@ -16,19 +17,25 @@ from aoi_ssl.data import class_names, load_folder
 from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder
 from aoi_ssl.features import embed
 from aoi_ssl.metrics import THRESHOLDS, threshold_counts
-from aoi_ssl.patches import patchify_mask, unpatchify_mask
+from aoi_ssl.patches import patchify_mask, rim_weights, unpatchify_mask
 from aoi_ssl.predict import Segmenter, predict_image
 from aoi_ssl.retrieval import (
     MemoryBank,
+    Recipe,
     attention_weights,
     build_bank,
     cross_validate,
+    estimate_bank,
     held_out_search,
+    judged_regions,
+    learn_space,
     patch_folds,
     patch_images,
     patch_masks,
+    region_masks,
     remember_image,
     similarity_weights,
+    turned,
 )
 from aoi_ssl.search import aggregate, pack_bits, top_k, unpack_bits
 
@@ -538,3 +545,259 @@ def test_the_encoder_is_left_as_it_was(dataset):
         bank = MemoryBank.build(dataset.select([0]), encoder)
     assert isinstance(bank.encoder, Encoder) and bank.encoder is encoder and encoder.training
     assert encoder.fingerprint() == before and not bank.predict(dataset[0]["image"][None]).requires_grad
+
+
+# --- shifted grids, halos, turns ------------------------------------------------------------------------------------
+
+
+def crops(image, mask, shape, corners):
+    "A labelled item for each corner, cut from one picture."
+    (h, w), items = shape, []
+    for y, x in corners:
+        part = np.s_[:, y : y + h, x : x + w]
+        items.append({"image": image[part], "mask": mask[part], "ignore": None})
+    return items
+
+
+def test_an_image_moved_by_a_quarter_patch_is_recalled_exactly(pixels):
+    "16 grids are a quarter patch apart: of a picture that moves by one, each inner patch finds itself."
+    g = torch.Generator().manual_seed(0)
+    image, mask = torch.rand(2, 80, 80, generator=g), torch.rand(2, 80, 80, generator=g) > 0.5
+    known, moved = crops(image, mask, (64, 64), [(0, 0), (4, 12)])
+    for shifts, exact in ((16, True), (1, False)):
+        recipe = Recipe(bank_shifts=shifts)
+        rows = remember_image(known, pixels, recipe=recipe)
+        record = {"stem": "a", "device": "d", "height": 64, "width": 64, "classes": list(CLASSES)}
+        bank = MemoryBank(pixels, CLASSES, rows, [record], recipe=recipe, k=1)
+        recalled = bank.predict(moved["image"][None])[0, :, :48, :48]  # further on lies what the bank has not seen
+        assert recalled.equal(moved["mask"][:, :48, :48].float()) == exact
+
+
+@pytest.mark.parametrize("turns", [2, 4, 8])
+def test_a_turned_image_is_recalled_exactly(dataset, pixels, turns):
+    bank = paper_bank(dataset.select([0]), pixels, k=1, turns=turns, calibrate=False)
+    assert len(bank.keys) == 12 * turns
+    item = dataset[0]
+    for turn in range(turns):
+        image, mask = (turned(item[name], turn)[:, :32, :32] for name in ("image", "mask"))
+        # a grid that starts at the other end of 40 x 56 pixels has other patches: only those that fit are the same
+        first = bank.neighbours(turned(item["image"], turn), 5, 5).iloc[0]
+        assert first.turn == turn and first.similarity == pytest.approx(1, abs=1e-5)
+        assert patch_masks(bank, [first.key])[0].equal(mask[:, :16, :16])
+        picture = patch_images(bank.neighbours(turned(item["image"], turn), 5, 5, k=1), dataset)[0]
+        assert picture.equal(image[:, :16, :16])
+
+
+def test_votes_of_several_grids_and_halos_by_hand(dataset, pixels):
+    "Each pixel: all patches that reach it, each with its rim weight, each with its neighbours' weights."
+    recipe = {"bank_shifts": 4, "query_shifts": 2, "halo": 3, "aggregation": "distance"}
+    bank = paper_bank(dataset.select(range(3)), pixels, k=4, calibrate=False, **recipe)
+    image = dataset[4]["image"]
+    predicted = bank.predict(image[None])[0]
+    for y, x in ((0, 0), (8, 21), (39, 55), (17, 30)):
+        votes, cast = torch.zeros(2), torch.zeros(2)
+        for shift in ((0, 0), (8, 8)):
+            grid = embed(pixels, image[None], shift=shift)[0]
+            for r in range(grid.shape[0]):
+                for c in range(grid.shape[1]):
+                    dy, dx = y - (r * 16 - 16 * (shift[0] > 0) + shift[0]) + 3, x - (c * 16 - 16 * (shift[1] > 0) + shift[1]) + 3
+                    if not (0 <= dy < 22 and 0 <= dx < 22):
+                        continue
+                    cosine = bank.keys @ torch.nn.functional.normalize(grid[r, c], dim=0)
+                    best = cosine.argsort(descending=True)[:4]
+                    w = ((2 - 2 * cosine[best]).clamp(min=0) + 1e-3) ** -2
+                    w = w / w.sum() * rim_weights(16, 3)[dy, dx]
+                    says, knows = (patch_masks(bank, best, what)[:, :, dy, dx].float() for what in ("values", "known"))
+                    votes, cast = votes + w @ says, cast + w @ knows
+        assert torch.allclose(predicted[:, y, x], votes / cast.clamp(min=1e-12), atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [
+    {"query_shifts": 2, "halo": 2, "aggregation": "distance"},
+    {"query_shifts": 4, "decoder": "mixture", "whiten": 12},
+    {"query_shifts": 1, "decoder": "ridge", "halo": 1},
+    {"query_shifts": 2, "refine": 1},
+])
+def test_cross_validation_of_averaged_predictions_equals_leaving_out_in_truth(dataset, pixels, changes):
+    "Held-out probabilities come from all query grids, as those of a new image do."
+    options = {"bank_shifts": 4, "calibrate": False} | changes
+    options["space"] = learn_space(dataset, pixels, method="paper", whiten=changes.get("whiten"))
+    bank = paper_bank(dataset.select(range(3)), pixels, **options)
+    counts = cross_validate(bank, ks=(4,), mixes=(0.3,))
+    assert len(counts) == 1
+    ((setting, got),) = counts.items()
+    expected = 0
+    for i in range(3):
+        rest = paper_bank(dataset.select([j for j in range(3) if j != i]), pixels, k=4, mix=0.3, **options)
+        expected = expected + threshold_counts(rest.predict(dataset[i]["image"][None])[0], dataset[i]["mask"])
+    assert (got - expected).abs().max() <= 6  # a pixel whose probability is a threshold, to the last bit
+
+
+def test_what_is_judged_is_a_sample_of_squares_that_hardly_changes(tmp_path, pixels):
+    dataset = write(tmp_path, 3, shape=(256, 256))
+    bank = paper_bank(dataset.select([0, 1]), pixels, bank_shifts=2, query_shifts=2, k=1, calibrate=False)
+    whole = judged_regions(bank)
+    assert [tuple(r) for r in whole] == [(0, 0, 0, 256, 256), (1, 0, 0, 256, 256)]
+    some = judged_regions(bank, max_patches=2 * 81 * 3)
+    assert len(some) == 3 and all(r.height == r.width == 128 for r in some) and some == judged_regions(bank, max_patches=486)
+    for region in whole + some:
+        mask, known = region_masks(bank, region)
+        own = dataset[region.image]["mask"][:, region.y : region.y + region.height, region.x : region.x + region.width]
+        assert mask.equal(own) and known.all()
+    bank.add(dataset.select([2]), calibrate=False)
+    assert len(set(some) & set(judged_regions(bank, max_patches=486))) >= 1
+
+
+def test_a_cached_search_is_a_new_search(dataset, pixels):
+    options = {"bank_shifts": 4, "query_shifts": 2, "k": 3}
+    space = learn_space(dataset, pixels, method="paper", whiten=20)
+    grown = paper_bank(dataset.select([0, 1, 2]), pixels, space=space, whiten=20, **options)
+    first = grown._cache["search"]["rows"]
+    grown.add(dataset.select([3, 4]))
+    assert len(grown._cache["search"]["rows"]) > len(first)
+    whole = paper_bank(dataset, pixels, space=space, whiten=20, **options)
+    for name in ("similarity", "rows"):
+        assert torch.allclose(grown._cache["search"][name], whole._cache["search"][name])
+    assert grown.thresholds.equal(whole.thresholds)
+
+
+# --- a bank that one can edit ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return {"method": "aligned", "bank_shifts": 4, "whiten": 24, "k": 3}
+
+
+@pytest.fixture(scope="module")
+def space(dataset, pixels, recipe):
+    return learn_space(dataset, pixels, **{name: recipe[name] for name in ("method", "whiten")})
+
+
+def same(a, b):
+    "Two banks with the same contents."
+    return a.images == b.images and a.classes == b.classes and a.thresholds.equal(b.thresholds) and all(
+        getattr(a, name).equal(getattr(b, name)) for name in retrieval._TENSORS)
+
+
+def test_what_is_removed_was_never_there(dataset, pixels, recipe, space):
+    whole = build_bank(dataset, pixels, space=space, **recipe)
+    stems = dataset["stem"]
+    less = build_bank(dataset, pixels, space=space, **recipe).remove(stem=[stems[1], stems[3]])
+    assert same(less, build_bank(dataset.select([0, 2, 4]), pixels, space=space, **recipe))
+    assert same(less, whole.subset(stem=[stems[0], stems[2], stems[4]])) and len(whole.images) == 5
+    back = less.add(dataset.select([1, 3]))
+    assert same(back, build_bank(dataset.select([0, 2, 4, 1, 3]), pixels, space=space, **recipe))
+
+
+def test_merging_is_building_with_both(dataset, pixels, recipe, space):
+    parts = [build_bank(dataset.select(rows), pixels, space=space, **recipe) for rows in ([0, 1], [2, 3, 4])]
+    assert same(parts[0].merge(parts[1]), build_bank(dataset, pixels, space=space, **recipe))
+    assert len(parts[0].images) == 2
+    with pytest.raises(AoiError, match="im2 would be in the bank twice"):
+        parts[1].merge(build_bank(dataset.select([2]), pixels, space=space, calibrate=False, **recipe))
+    for changes, what in (({"halo": 0}, "recipe"), ({"space": None}, "feature space")):
+        other = build_bank(dataset.select([2]), pixels, calibrate=False, **{"space": space} | recipe | changes)
+        with pytest.raises(AoiError, match=f"differ in their {what}"):
+            parts[0].merge(other)
+
+
+def test_a_class_is_forgotten(dataset, pixels, recipe, space):
+    whole = build_bank(dataset, pixels, space=space, **recipe)
+    image = dataset[4]["image"][None]
+    expected, threshold = whole.predict(image)[:, 1:], whole.thresholds[1:]
+    for one in (whole.subset(classes="ball"), whole.remove(classes="wire")):
+        assert one.classes == ["ball"] and {n for r in one.images for n in r["classes"]} == {"ball"}
+        assert torch.allclose(one.predict(image), expected, atol=1e-6) and one.thresholds.equal(threshold)
+
+
+def test_names_that_are_not_there(bank):
+    for which, message in (({"stem": "x"}, "no stem 'x'"), ({"device": "x"}, "no device 'x'"), ({"classes": "x"}, "no class 'x'")):
+        with pytest.raises(AoiError, match=message):
+            bank.remove(**which)
+        with pytest.raises(AoiError, match=message):
+            bank.subset(**which)
+    for which, message in (({"device": "d001"}, "None of the 5 images"), ({"classes": CLASSES}, "No class would be left")):
+        with pytest.raises(AoiError, match=message):
+            bank.remove(**which)
+    assert len(bank.images) == 5 and bank.classes == list(CLASSES)
+
+
+@pytest.mark.parametrize("changes", [{}, {"halo": 0, "query_shifts": 4}, {"decoder": "mixture"}, {"centre": "window", "size": 32}])
+def test_an_explanation_adds_up(dataset, pixels, recipe, changes):
+    bank = build_bank(dataset.select(range(3)), pixels, calibrate=False, **recipe | changes)
+    image = dataset[4]["image"]
+    predicted = bank.predict(image[None])[0]
+    for y, x in ((0, 0), (20, 31), (39, 55)):
+        table = bank.explain(image, y, x)
+        assert table["weight"].sum() == pytest.approx(1) and table["weight"].is_monotonic_decreasing
+        told = table[bank.classes].mul(table["weight"], axis=0).sum()
+        if not table.attrs["ridge"]:
+            assert np.allclose(told, predicted[:, y, x], atol=1e-4)
+        else:
+            alone = bank.using(decoder="neighbours").predict(image[None])[0]
+            assert np.allclose(told, alone[:, y, x], atol=1e-4) and table.attrs["ridge"] == bank.mix
+        for row in table.head(3).itertuples():  # the remembered mask, at the pixel's place in it
+            source = next(i for i in range(3) if dataset[i]["stem"] == row.stem)
+            py, px = row.y + row.dy - bank.recipe.halo, row.x + row.dx - bank.recipe.halo
+            assert row.wire == dataset[source]["mask"][0, py, px] and row.ball == dataset[source]["mask"][1, py, px]
+    with pytest.raises(AoiError, match="compares by image"):
+        paper_bank(dataset, pixels, granularity="image", calibrate=False).explain(image, 0, 0)
+
+
+def test_recalling_otherwise_is_building_otherwise(dataset, pixels, recipe):
+    options = recipe | {"calibrate": False}
+    bank, image = build_bank(dataset, pixels, **options), dataset[1]["image"][None]
+    for changes in ({"query_shifts": 1}, {"aggregation": "similarity"}, {"decoder": "ridge"}, {"k": 1}):
+        assert torch.allclose(bank.using(**changes).predict(image), build_bank(dataset, pixels, **options | changes).predict(image))
+    with pytest.raises(AoiError, match="halo cannot be changed"):
+        bank.using(halo=2)
+    with pytest.raises(AoiError, match="query_shifts is 8"):
+        bank.using(query_shifts=8)
+
+
+def test_the_estimate_is_what_it_takes(dataset, pixels, recipe):
+    for changes in ({}, {"method": "paper", "whiten": None}, {"position": "append", "turns": 4}):
+        options = recipe | changes
+        bank = build_bank(dataset, pixels, calibrate=False, **options)
+        table = estimate_bank(dataset, pixels, **{name: value for name, value in options.items() if name != "k"})
+        assert table["patches"].sum() == len(bank.keys) and table["key_bytes"].sum() == bank.keys.nbytes
+        assert table["mask_bytes"].sum() == bank.values.nbytes + bank.known.nbytes
+
+
+def test_the_frame_has_a_row_a_patch(bank, dataset):
+    table = bank.frame()
+    assert len(table) == len(bank.keys) and set(CLASSES) <= set(table.columns)
+    row = table.iloc[7]
+    mask = dataset[0]["mask"][:, row.y : row.y + 16, row.x : row.x + 16]
+    assert row.stem == dataset[0]["stem"] and row[list(CLASSES)].tolist() == mask.flatten(1).any(1).tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, {"decoder": "mixture", "refine": 1}, {"position": "append", "layers": 2, "centre": "window"}])
+def test_every_kind_of_bank_survives_saving(tmp_path, dataset, recipe, changes):
+    encoder = ViTEncoder("nano", image_size=32)
+    bank = build_bank(dataset.select(range(3)), encoder, **recipe | changes)
+    bank.save(tmp_path / "bank")
+    again, image = MemoryBank.load(tmp_path / "bank"), dataset[4]["image"][None]
+    assert again.recipe == bank.recipe and again.predict(image).equal(bank.predict(image)) and repr(again) == repr(bank)
+    manifest = json.loads((tmp_path / "bank" / "segmenter.json").read_text())
+    assert manifest["recipe"]["bank_shifts"] == 4 and manifest["method"] == "custom"
+    assert again.add(dataset.select([3])).thresholds.equal(bank.add(dataset.select([3])).thresholds)
+
+
+def test_rows_are_mapped_into_memory(tmp_path, bank):
+    bank.save(tmp_path / "bank")
+    again = MemoryBank.load(tmp_path / "bank")
+    assert again.keys.equal(bank.keys)
+    size = (tmp_path / "bank" / "bank.safetensors").stat().st_size
+    assert again.keys.untyped_storage().nbytes() in (again.keys.nbytes, size)  # a view of the file's pages
+    maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else str(tmp_path / "bank")
+    assert str(tmp_path / "bank") in maps
+
+
+def test_rows_of_another_bank_are_refused(tmp_path, bank, dataset, pixels):
+    bank.save(tmp_path / "bank")
+    paper_bank(dataset.select([1, 0, 2, 3, 4]), pixels, k=3, calibrate=False).save(tmp_path / "other")
+    (tmp_path / "bank" / "bank.safetensors").write_bytes((tmp_path / "other" / "bank.safetensors").read_bytes())
+    with pytest.raises(AoiError, match="not the one that segmenter.json was written with"):
+        MemoryBank.load(tmp_path / "bank")
