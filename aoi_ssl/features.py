@@ -7,7 +7,7 @@ __all__ = ['shift_offsets', 'grid_corner', 'mirror', 'grid_windows', 'embed', 'w
            'with_layers', 'layer_count', 'Step', 'Balance', 'Centre', 'Whiten', 'cosine_basis', 'Unplace', 'Place',
            'FeatureSpace', 'restore_space', 'fit_space', 'sample_embeddings']
 
-# %% ../nbs/api/12_features.ipynb #ac55f5da
+# %% ../nbs/api/12_features.ipynb #1fc7406c
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ from .data import native_item, to_unit
 from .encoder import Encoder, ViTEncoder, _hash
 from .tiles import windows
 
-# %% ../nbs/api/12_features.ipynb #89ae9d28
+# %% ../nbs/api/12_features.ipynb #9a5ee562
 def shift_offsets(
     count: int,  # how many grids: 1, 2, 4, 8 ...
     patch_size: int,  # P, pixels
@@ -42,7 +42,7 @@ def shift_offsets(
                        "are possible. Try 4.")
     return found
 
-# %% ../nbs/api/12_features.ipynb #33905e54
+# %% ../nbs/api/12_features.ipynb #83345ce6
 def grid_corner(
     shift: tuple[int, int],  # (dy, dx), pixels, 0 .. P - 1
     patch_size: int,  # P, pixels
@@ -64,7 +64,7 @@ def mirror(
             images = images.index_select(side, torch.minimum(index, 2 * size - 1 - index))
     return images
 
-# %% ../nbs/api/12_features.ipynb #c2c2c8be
+# %% ../nbs/api/12_features.ipynb #ec911b1e
 def grid_windows(
     height: int,  # pixels of the image
     width: int,  # pixels
@@ -99,7 +99,7 @@ def embed(
         grid[:, r:r + rows, c:c + columns] = part
     return grid
 
-# %% ../nbs/api/12_features.ipynb #f523b0f3
+# %% ../nbs/api/12_features.ipynb #adb78fd9
 def window_places(
     height: int,  # pixels of the image
     width: int,  # pixels
@@ -144,26 +144,28 @@ def recentre(
         grid[:, mine] -= grid[:, mine].mean(1, keepdim=True)
     return grid
 
-# %% ../nbs/api/12_features.ipynb #08faa0aa
+# %% ../nbs/api/12_features.ipynb #a0297887
 def with_layers(
     encoder: Encoder,  # whatever its kind
-    layers: int | Sequence[int] | None,  # blocks by number, 1 is the first; or how many; None: as the encoder has them
+    layers: int | float | Sequence[int] | None,  # blocks by number, 1 is the first; how many; how deep; None: as they are
 ) -> Encoder:  # the same weights
     "The encoder with other blocks concatenated. Raises `AoiError` if it has none to choose from."
-    if layers is None or (isinstance(layers, int) and not isinstance(encoder, ViTEncoder)):
+    if layers is None or (isinstance(layers, (int, float)) and not isinstance(encoder, ViTEncoder)):
         return encoder
     if not isinstance(encoder, ViTEncoder):
         raise AoiError(f"layers is {layers}, but a {type(encoder).__name__} has no blocks to choose from; None was "
                        "expected. Leave layers out, or use a ViTEncoder.")
-    if isinstance(layers, int):
-        blocks = encoder.vit.config.num_hidden_layers
-        if not 1 <= layers <= blocks:
-            raise AoiError(f"layers is {layers}; 1 to {blocks} blocks, or their numbers, were expected.")
-        layers = [round(blocks * (n + 1) / layers) for n in range(layers)]
+    blocks = encoder.vit.config.num_hidden_layers
+    if isinstance(layers, float) and 0 < layers < 1:
+        layers = [max(1, round(blocks * layers))]
+    elif isinstance(layers, (int, float)):
+        if layers not in range(1, blocks + 1):
+            raise AoiError(f"layers is {layers}; 1 to {blocks} blocks, their numbers, or a share of the depth were expected.")
+        layers = [round(blocks * (n + 1) / layers) for n in range(int(layers))]
     layers = [int(n) for n in layers]
     if layers == encoder.layers:
         return encoder
-    return ViTEncoder(encoder.vit, mean=encoder.mean, std=encoder.std, layers=layers)
+    return ViTEncoder(encoder.vit, mean=encoder.mean, std=encoder.std, layers=layers).train(encoder.training)
 
 
 def layer_count(
@@ -172,7 +174,7 @@ def layer_count(
     "How many blocks' outputs an embedding is made of."
     return len(encoder.layers) if isinstance(encoder, ViTEncoder) else 1
 
-# %% ../nbs/api/12_features.ipynb #9a19a707
+# %% ../nbs/api/12_features.ipynb #16dfd6d6
 class Step(nn.Module):
     "One map of a feature space. Subclasses have `kind`, `fit` and `forward`."
 
@@ -202,7 +204,7 @@ class Step(nn.Module):
         "Embeddings (..., D) at places (..., 2), mapped."
         raise NotImplementedError
 
-# %% ../nbs/api/12_features.ipynb #516fb2b1
+# %% ../nbs/api/12_features.ipynb #ec4ffe9b
 class Balance(Step):
     "Each of `parts` equal parts of the embedding gets length 1."
 
@@ -212,7 +214,7 @@ class Balance(Step):
         "(..., D)."
         return F.normalize(x.unflatten(-1, (self.options["parts"], -1)), dim=-1).flatten(-2)
 
-# %% ../nbs/api/12_features.ipynb #d019ffef
+# %% ../nbs/api/12_features.ipynb #a540844c
 class Centre(Step):
     "Take the mean embedding away."
 
@@ -227,7 +229,7 @@ class Centre(Step):
         "(..., D)."
         return x - self.mean
 
-# %% ../nbs/api/12_features.ipynb #58463e0b
+# %% ../nbs/api/12_features.ipynb #0241cfb8
 class Whiten(Step):
     "Centre, keep the strongest directions, and give them the same variance (PCA whitening, shrunk)."
 
@@ -249,7 +251,7 @@ class Whiten(Step):
         "(..., dims)."
         return (x - self.mean) @ self.matrix
 
-# %% ../nbs/api/12_features.ipynb #1bc1ed48
+# %% ../nbs/api/12_features.ipynb #2e925c86
 def cosine_basis(
     places: Tensor,  # (..., 2) in 0 .. 1
     order: int,  # functions per axis
@@ -288,7 +290,7 @@ class Place(Step):
         wave = torch.cat([torch.sin(torch.pi * places), torch.cos(torch.pi * places)], -1) / 2**0.5
         return torch.cat([F.normalize(x, dim=-1), self.options["weight"] * wave.to(x).expand(*x.shape[:-1], 4)], -1)
 
-# %% ../nbs/api/12_features.ipynb #a0b43c21
+# %% ../nbs/api/12_features.ipynb #6b25b2ca
 class FeatureSpace(nn.Module):
     "Embeddings to keys: some steps, then length 1."
 
@@ -318,7 +320,7 @@ class FeatureSpace(nn.Module):
         "The space that `settings()` and `state_dict()` describe; see `restore_space`."
         return restore_space(settings, tensors)
 
-# %% ../nbs/api/12_features.ipynb #e8a87f4d
+# %% ../nbs/api/12_features.ipynb #e0a68895
 def restore_space(
     settings: Sequence[Mapping],  # from `FeatureSpace.settings`
     tensors: Mapping[str, Tensor],  # from its `state_dict`
@@ -336,7 +338,7 @@ def restore_space(
         steps.append(Step.kinds[kind](own, **options))
     return FeatureSpace(steps)
 
-# %% ../nbs/api/12_features.ipynb #397947a6
+# %% ../nbs/api/12_features.ipynb #0038f001
 def fit_space(
     x: Tensor,  # (N, D) embeddings
     places: Tensor,  # (N, 2) where they lie in their windows, 0 .. 1
@@ -358,7 +360,7 @@ def fit_space(
         x = steps[-1](x, places)
     return FeatureSpace(steps)
 
-# %% ../nbs/api/12_features.ipynb #729e593a
+# %% ../nbs/api/12_features.ipynb #1e228038
 def sample_embeddings(
     dataset,  # from `load_folder`; labels are not looked at
     encoder: Encoder,  # image -> grid of embeddings

@@ -6,7 +6,7 @@
 __all__ = ['patchify_mask', 'unpatchify_mask', 'rim_weights', 'lay', 'Moments', 'with_one', 'moments', 'solve_ridge', 'box_mean',
            'guided_filter']
 
-# %% ../nbs/api/12_patches.ipynb #166691e3
+# %% ../nbs/api/12_patches.ipynb #574a28d1
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .core import AoiError
 
-# %% ../nbs/api/12_patches.ipynb #243adc81
+# %% ../nbs/api/12_patches.ipynb #f344fdc8
 def patchify_mask(
     mask: Tensor,  # (K, H, W) bool
     patch_size: int,  # P, pixels
@@ -31,7 +31,7 @@ def patchify_mask(
     side = p + 2 * halo
     return F.pad(mask, edges, value=fill).unfold(1, side, p).unfold(2, side, p).permute(1, 2, 0, 3, 4)
 
-# %% ../nbs/api/12_patches.ipynb #cea4838a
+# %% ../nbs/api/12_patches.ipynb #f4becd9f
 def unpatchify_mask(
     patches: Tensor,  # (..., R, C, K, P, P)
     height: int,  # H, pixels
@@ -43,7 +43,7 @@ def unpatchify_mask(
     whole = patches.movedim(-3, -5).transpose(-3, -2).flatten(-4, -3).flatten(-2)
     return whole[..., -corner[0]:height - corner[0], -corner[1]:width - corner[1]]
 
-# %% ../nbs/api/12_patches.ipynb #14bfcbea
+# %% ../nbs/api/12_patches.ipynb #aac8b89c
 def rim_weights(
     patch_size: int,  # P, pixels
     halo: int,  # h, pixels
@@ -73,7 +73,7 @@ def lay(
     top, left = halo - corner[0], halo - corner[1]
     return total[..., top:top + height, left:left + width]
 
-# %% ../nbs/api/12_patches.ipynb #02039d15
+# %% ../nbs/api/12_patches.ipynb #5284eda4
 class Moments(NamedTuple):
     "What ridge regression needs to know of some patches; those of disjoint sets add up."
 
@@ -114,17 +114,21 @@ def solve_ridge(
     ridge[-1, -1] = 1e-9 * found.count
     return torch.linalg.solve(found.gram + ridge, found.cross).float()
 
-# %% ../nbs/api/12_patches.ipynb #c52673dc
+# %% ../nbs/api/12_patches.ipynb #0800e4af
 def box_mean(
     maps: Tensor,  # (..., H, W)
     radius: int,  # r, pixels: boxes of 2r + 1
 ) -> Tensor:  # (..., H, W)
     "The mean over the box around each pixel; at the border, over the part of it that is inside."
-    flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    for size in ((2 * radius + 1, 1), (1, 2 * radius + 1)):
-        pad = (size[0] // 2, size[1] // 2)
-        flat = F.avg_pool2d(flat, size, 1, pad, count_include_pad=False)
-    return flat.view(maps.shape)
+    for side in (-2, -1):
+        size, total = maps.shape[side], maps.clone()
+        for step in range(1, min(radius, size - 1) + 1):
+            total.narrow(side, step, size - step).add_(maps.narrow(side, 0, size - step))
+            total.narrow(side, 0, size - step).add_(maps.narrow(side, step, size - step))
+        place = torch.arange(size, device=maps.device)
+        count = (place + radius).clamp(max=size - 1) - (place - radius).clamp(min=0) + 1
+        maps = total / (count[:, None] if side == -2 else count)
+    return maps
 
 
 def guided_filter(

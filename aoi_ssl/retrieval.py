@@ -58,7 +58,7 @@ def attention_weights(
     "Weights by attention, `softmax(s / beta)` (AOI-SSL, retrieval)."
     return (similarity / beta).softmax(-1)
 
-# %% ../nbs/api/14_retrieval.ipynb #e64d59ef
+# %% ../nbs/api/14_retrieval.ipynb #71e03dfe
 def distance_weights(
     similarity: Tensor,  # (..., k) cosines
 ) -> Tensor:  # (..., k) in [0, 1], of sum 1
@@ -92,12 +92,12 @@ def cast_votes(
             total[start + asked] = knows
     return votes, total
 
-# %% ../nbs/api/14_retrieval.ipynb #be0c879f
+# %% ../nbs/api/14_retrieval.ipynb #27e2da0d
 @dataclass(frozen=True)
 class Recipe:
     "How a bank remembers and recalls. The defaults are the paper's."
 
-    layers: int | tuple[int, ...] | None = None  # blocks of the encoder: how many, or which; None: as it has them
+    layers: int | float | tuple[int, ...] | None = None  # blocks of the encoder: how many, how deep, or which; None: as it is
     position: str = "keep"  # what the place in the window adds to an embedding: "keep", "remove", or "append" to the key
     centre: str = "none"  # take away the mean embedding of the "bank", or that of each "window", or "none"
     whiten: int | None = None  # dimensions of whitened keys, at most; None: not whitened
@@ -113,14 +113,16 @@ class Recipe:
 
 
 _RECALL = ("query_shifts", "aggregation", "decoder")  # options that a bank can change
+_ALIGNED = Recipe(layers=1 / 3, centre="window", whiten=96, shrink=0.3, bank_shifts=16, query_shifts=2, halo=4,
+                  aggregation="distance", refine=1)
 METHODS = {
     "paper": Recipe(),
-    "fast": Recipe(whiten=64, bank_shifts=8, query_shifts=1, halo=4, aggregation="distance"),
-    "aligned": Recipe(whiten=64, bank_shifts=16, query_shifts=2, halo=4, aggregation="distance"),
-    "finest": Recipe(whiten=128, bank_shifts=16, query_shifts=4, halo=4, aggregation="distance", refine=1),
+    "fast": replace(_ALIGNED, bank_shifts=8, query_shifts=1),
+    "aligned": _ALIGNED,
+    "finest": replace(_ALIGNED, query_shifts=4),
 }
 
-# %% ../nbs/api/14_retrieval.ipynb #4558d3ae
+# %% ../nbs/api/14_retrieval.ipynb #0541079f
 def make_recipe(
     method: str | Recipe = "aligned",  # a name in METHODS, or a recipe
     **changes: object,  # options of `Recipe` that are to be different
@@ -177,7 +179,7 @@ def recipe_name(
     "The name of a recipe that has one."
     return next((name for name, known in METHODS.items() if known == recipe), "custom")
 
-# %% ../nbs/api/14_retrieval.ipynb #5d5ecbcf
+# %% ../nbs/api/14_retrieval.ipynb #5b341258
 def turned(
     images: Tensor,  # (..., H, W)
     turn: int,  # 0: as it is; 1: half a turn; 2, 3: quarter turns; 4 to 7: the same after mirroring left and right
@@ -202,7 +204,7 @@ def turned_back(
         height, width = width, height
     return y, (width - patch_size - x if turn >= 4 else x)
 
-# %% ../nbs/api/14_retrieval.ipynb #87b20c4e
+# %% ../nbs/api/14_retrieval.ipynb #d543703d
 def grid_keys(
     grid: Tensor,  # (B, R, C, D) embeddings of whole images
     space: FeatureSpace,  # embedding -> key
@@ -440,7 +442,7 @@ def _check_contents(
         twice = stems[stems.duplicated()].iloc[0]
         raise AoiError(f"{twice} would be in the bank twice; each image belongs there once. Leave the second out.")
 
-# %% ../nbs/api/14_retrieval.ipynb #ead0f953
+# %% ../nbs/api/14_retrieval.ipynb #ffd9e5e7
 def recall_otherwise(
     bank: MemoryBank,  # stays as it is
     *,
@@ -476,7 +478,7 @@ def _with_rows(
         made.thresholds, made.regression = bank.thresholds.clone(), bank.regression
     return made
 
-# %% ../nbs/api/14_retrieval.ipynb #03d52e85
+# %% ../nbs/api/14_retrieval.ipynb #58e66e4f
 def to_keys(
     bank: MemoryBank,  # whose feature space counts
     grid: Tensor,  # (B, R, C, D) embeddings of whole images
@@ -574,7 +576,7 @@ def lay_rows(
         patches = numbers.unflatten(-1, (len(bank.classes), side, side))
     return lay(patches.unflatten(0, cells), height, width, corner=corner, halo=bank.recipe.halo)
 
-# %% ../nbs/api/14_retrieval.ipynb #3bce0863
+# %% ../nbs/api/14_retrieval.ipynb #adebf317
 def voices(
     bank: MemoryBank,  # the bank
     mix: float | None = None,  # share of the regression in a mixture; None: the bank's own
@@ -614,7 +616,7 @@ def predict_bank(
     result = shared(sums, voices(bank))
     return guided_filter(result, images.to(result), radius=bank.recipe.refine) if bank.recipe.refine else result
 
-# %% ../nbs/api/14_retrieval.ipynb #d6201d1c
+# %% ../nbs/api/14_retrieval.ipynb #ed8cbdf5
 def regress(
     keys: Tensor,  # (Q, d)
     regression: Tensor,  # (d + 1, n), from `solve_ridge`
@@ -696,7 +698,7 @@ def _shared_classes(
     "The classes that two images or more of the bank show."
     return [name for name in bank.classes if sum(name in record["classes"] for record in bank.images) > 1]
 
-# %% ../nbs/api/14_retrieval.ipynb #77244f4a
+# %% ../nbs/api/14_retrieval.ipynb #e6e22633
 class Region(NamedTuple):
     "A part of a remembered image that is judged, in pixels."
 
@@ -797,7 +799,7 @@ def cached_search(
     bank._cache["search"] = {"queries": queries, "folds": folds, "similarity": similarity, "rows": rows}
     return similarity, rows
 
-# %% ../nbs/api/14_retrieval.ipynb #6e7248a2
+# %% ../nbs/api/14_retrieval.ipynb #8270db95
 def region_cells(
     bank: MemoryBank,  # the bank
     rows: Tensor,  # (n,) rows of the bank on one grid
@@ -855,7 +857,7 @@ def patch_masks(
     packed = getattr(bank, what)[torch.as_tensor(rows, device=bank.keys.device)]
     return unpack_bits(packed, mask_length(bank)).bool().unflatten(1, (len(bank.classes), side, side))
 
-# %% ../nbs/api/14_retrieval.ipynb #4c504b25
+# %% ../nbs/api/14_retrieval.ipynb #b7e0f52b
 class Setting(NamedTuple):
     "What cross-validation chooses."
 
@@ -1015,7 +1017,7 @@ def _curve_frame(
     ]
     return scores(pd.concat(frames), by=("k", "beta", "mix", "class", "threshold"))
 
-# %% ../nbs/api/14_retrieval.ipynb #dceff83f
+# %% ../nbs/api/14_retrieval.ipynb #a5ddd442
 def learn_space(
     dataset,  # images to learn from; labels are not looked at
     encoder: Encoder,  # image -> grid of embeddings, as `build_bank` takes it
@@ -1071,7 +1073,7 @@ def build_bank(
         calibrate_bank(bank, seed=seed, progress=progress, **grids)
     return bank
 
-# %% ../nbs/api/14_retrieval.ipynb #6b0382ef
+# %% ../nbs/api/14_retrieval.ipynb #8783c471
 def keys_at(
     bank: MemoryBank,  # the bank
     images: Tensor,  # (1, C, H, W) in [0, 1]
@@ -1170,7 +1172,7 @@ def patch_images(
     cut = [read[row.stem][:, row.y + size:row.y + size + side, row.x + size:row.x + size + side] for row in table.itertuples()]
     return torch.stack([turned(picture, turn) for picture, turn in zip(cut, table["turn"], strict=True)])
 
-# %% ../nbs/api/14_retrieval.ipynb #7241a5f8
+# %% ../nbs/api/14_retrieval.ipynb #504f65e3
 def covering_cells(
     patch_size: int,  # P, pixels
     halo: int,  # pixels
@@ -1255,7 +1257,7 @@ def _changed(bank: MemoryBank, calibrate: bool) -> MemoryBank:
         calibrate_bank(bank, ks=(bank.k,), betas=(bank.beta,), mixes=(bank.mix,))
     return bank
 
-# %% ../nbs/api/14_retrieval.ipynb #5ae0e9ce
+# %% ../nbs/api/14_retrieval.ipynb #eae6ea22
 def _chosen_images(
     bank: MemoryBank,  # the bank
     stem: str | Sequence[str] | None,  # names of images
@@ -1314,7 +1316,7 @@ def _keep_classes(
     images = [{**record, "classes": [name for name in record["classes"] if name in classes]} for record in images]
     return tensors | packed, images
 
-# %% ../nbs/api/14_retrieval.ipynb #29814f64
+# %% ../nbs/api/14_retrieval.ipynb #317df0a2
 def subset_bank(
     bank: MemoryBank,  # stays as it is
     *,
@@ -1362,7 +1364,7 @@ def _reduced(bank: MemoryBank, keep: Sequence[bool], classes: list[str], calibra
     made.thresholds = bank.thresholds[places].clone()
     return _changed(made, calibrate)
 
-# %% ../nbs/api/14_retrieval.ipynb #b3435d05
+# %% ../nbs/api/14_retrieval.ipynb #0da91608
 def merge_banks(
     bank: MemoryBank,  # stays as it is
     other: MemoryBank,  # stays as it is
@@ -1388,7 +1390,7 @@ def merge_banks(
     made = _with_rows(bank, {name: getattr(bank, name) for name in _TENSORS}, bank.images, bank.lights)
     return _append(made, tensors, other.images, other.lights, calibrate=calibrate)
 
-# %% ../nbs/api/14_retrieval.ipynb #e4728161
+# %% ../nbs/api/14_retrieval.ipynb #ff181e61
 def estimate_bank(
     dataset,  # labelled images; none is opened
     encoder: Encoder,  # image -> grid of embeddings

@@ -543,7 +543,7 @@ def test_the_encoder_is_left_as_it_was(dataset):
     before = encoder.fingerprint()
     with warnings.catch_warnings(action="ignore"):
         bank = MemoryBank.build(dataset.select([0]), encoder)
-    assert isinstance(bank.encoder, Encoder) and bank.encoder is encoder and encoder.training
+    assert isinstance(bank.encoder, Encoder) and bank.encoder.vit is encoder.vit and encoder.training and encoder.vit.training
     assert encoder.fingerprint() == before and not bank.predict(dataset[0]["image"][None]).requires_grad
 
 
