@@ -12,7 +12,7 @@ VENV ?= .venv
 export VENV PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs bench install install-dev prepare readme clean
+.PHONY: help demo test docs bench experiments install install-dev prepare readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -35,6 +35,11 @@ docs: install-dev  ## the docs site, to _docs (with Quarto where it is on PATH, 
 
 bench: install-dev  ## rendering and import figures
 	@$(VENV)/bin/python tools/bench.py $(ARGS)
+
+experiments: install-dev  ## execute the pages of experiments from kept counts; FRESH=1 measures all of them anew (hours)
+	@$(if $(FRESH),rm -rf nbs/experiments/results)
+	@cd nbs/experiments && for page in *.ipynb; do $(abspath $(VENV))/bin/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.timeout=-1 "$$page" || exit 1; done
 
 install:  ## make .venv and install aoi_ssl in it
 	@tools/install.sh base
