@@ -228,6 +228,7 @@ ABLATION = {
     "whole images": {"method": "paper", "granularity": "image"},
     "centred": {"method": "paper", "centre": "bank"},
     "whitened": {"method": "paper", **_WHITE},
+    "whitened against drift": {"method": "paper", "whiten": 64, "steady": True},
     "whitened, 3 blocks": {"method": "paper", **_WHITE, "layers": 3},
     "whitened, position removed": {"method": "paper", **_WHITE, "position": "remove"},
     "whitened, position appended": {"method": "paper", **_WHITE, "position": "append"},
@@ -246,6 +247,10 @@ ABLATION = {
     "refined": {"method": "paper", **_GRIDS, "halo": 4, "aggregation": "distance", "refine": 1},
     "fast": {"method": "fast"},
     "aligned": {"method": "aligned"},
+    "aligned, against drift": {"method": "aligned", "whiten": 64, "steady": True},
+    "the same, windows not centred": {"method": "aligned", "whiten": 64, "steady": True, "centre": "none"},
+    "the same, last block": {"method": "aligned", "whiten": 64, "steady": True, "centre": "none", "layers": None},
+    "the same, 3 blocks": {"method": "aligned", "whiten": 64, "steady": True, "centre": "none", "layers": 3},
     "finest": {"method": "finest"},
 }
 

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['shift_offsets', 'grid_corner', 'mirror', 'grid_windows', 'embed', 'window_places', 'window_owners', 'recentre',
-           'with_layers', 'layer_count', 'Step', 'Balance', 'Centre', 'Whiten', 'cosine_basis', 'Unplace', 'Place',
-           'FeatureSpace', 'restore_space', 'fit_space', 'sample_embeddings']
+           'with_layers', 'layer_count', 'Step', 'Balance', 'Centre', 'Whiten', 'Steady', 'cosine_basis', 'Unplace',
+           'Place', 'FeatureSpace', 'restore_space', 'fit_space', 'sample_embeddings', 'drift_light', 'sample_drifted']
 
 # %% ../nbs/api/12_features.ipynb #1fc7406c
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import AoiError
+from .augment import Augment
+from .core import AoiError, step_seed
 from .data import native_item, to_unit
 from .encoder import Encoder, ViTEncoder, _hash
 from .tiles import windows
@@ -251,6 +253,27 @@ class Whiten(Step):
         "(..., dims)."
         return (x - self.mean) @ self.matrix
 
+# %% ../nbs/api/12_features.ipynb #14ec1c49
+class Steady(Step):
+    "Centre, and keep the directions in which patches differ most, in units of how far drift moves them."
+
+    kind = "steady"
+
+    @classmethod
+    def fit(cls, x: Tensor, places: Tensor, *, dims: int, drifted: Tensor, rest: float = 0.05) -> "Steady":
+        "`drifted` (c, N, D) are the same patches under c other lights; at most `dims` directions."
+        x, moved = x.double(), (drifted.double() - x.double()).flatten(0, 1)
+        mean = x.mean(0)
+        whole = (x - mean).T @ (x - mean) / len(x)
+        spread = moved.T @ moved / len(moved) + rest * whole + 1e-6 * whole.trace() / len(whole) * torch.eye(len(whole)).to(x)
+        back = torch.linalg.inv(torch.linalg.cholesky(spread))
+        directions = torch.linalg.eigh(back @ whole @ back.T)[1].flip(1)[:, : int(dims)]
+        return cls({"mean": mean, "matrix": back.T @ directions}, dims=directions.shape[1], rest=rest)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        "(..., dims)."
+        return (x - self.mean) @ self.matrix
+
 # %% ../nbs/api/12_features.ipynb #2e925c86
 def cosine_basis(
     places: Tensor,  # (..., 2) in 0 .. 1
@@ -348,16 +371,21 @@ def fit_space(
     centre: bool = False,  # take the mean away
     whiten: int | None = None,  # dimensions to keep, at most; None: do not whiten
     shrink: float = 0.1,  # share of the mean variance added to each direction
+    drifted: Tensor | None = None,  # (c, N, D) the same patches after c drifts: whitening is by how far they moved
 ) -> FeatureSpace:  # fitted
     "Fit the steps that are asked for, each to what the one before makes of the samples."
     plan = [(Balance, {"parts": parts})] if parts > 1 else []
     plan += [(Unplace, {})] if position == "remove" else []
-    plan += [(Whiten, {"dims": whiten, "shrink": shrink})] if whiten else [(Centre, {})] if centre else []
+    if whiten:
+        plan += [(Whiten, {"dims": whiten, "shrink": shrink}) if drifted is None else (Steady, {"dims": whiten})]
+    elif centre:
+        plan += [(Centre, {})]
     plan += [(Place, {"weight": 0.5})] if position == "append" else []
     steps = []
     for kind, options in plan:
+        options |= {"drifted": drifted} if kind is Steady else {}
         steps.append(kind.fit(x, places, **options))
-        x = steps[-1](x, places)
+        x, drifted = (None if n is None else steps[-1](n, places) for n in (x, drifted))
     return FeatureSpace(steps)
 
 # %% ../nbs/api/12_features.ipynb #1e228038
@@ -369,6 +397,7 @@ def sample_embeddings(
     most: int = 2**15,  # embeddings; more are sampled, as many of each image
     images: int = 32,  # images at most; more are sampled
     centred: bool = False,  # take the mean of each window away
+    change: Callable[[Tensor], Tensor] | None = None,  # of images (1, C, H, W) before they are encoded
     seed: int = 0,  # of the samples
 ) -> tuple[Tensor, Tensor]:  # (N, D) embeddings and (N, 2) places
     "Embeddings to fit a feature space to. Raises `AoiError` for an empty dataset."
@@ -378,10 +407,35 @@ def sample_embeddings(
     chosen = torch.randperm(len(dataset), generator=generator)[:images].sort().values.tolist()
     found = []
     for i in chosen:
-        image = to_unit(native_item(dataset, i, labels=False)["image"])
+        image = to_unit(native_item(dataset, i, labels=False)["image"])[None]
         shape = (*image.shape[-2:], encoder.patch_size)
-        x, where = embed(encoder, image[None], size=size), window_places(*shape, size=size).flatten(0, 1)
+        x, where = embed(encoder, image if change is None else change(image), size=size), window_places(*shape, size=size).flatten(0, 1)
         x = (recentre(x, window_owners(*shape, size=size)) if centred else x)[0].flatten(0, 1).cpu()
         keep = torch.randperm(len(x), generator=generator)[:max(1, most // len(chosen))]
         found.append((x[keep], where[keep]))
     return tuple(torch.cat(part) for part in zip(*found, strict=True))
+
+# %% ../nbs/api/12_features.ipynb #c08871fd
+def drift_light(
+    images: Tensor,  # (B, C, H, W) in [0, 1]
+    *,
+    seed: int,  # another seed, another drift
+) -> Tensor:  # (B, C, H, W) in [0, 1]
+    "The same images under aged lamps, out of focus, with more noise."
+    lamps = 0.7 + 0.6 * torch.rand(*images.shape[:2], 1, 1, generator=torch.Generator().manual_seed(seed))
+    change = Augment(flips=False, turns=False, blur=1.3, contrast=0.3, noise=0.02, gamma=0.3)
+    return change((images * lamps.to(images)).clamp(0, 1), seed=seed)[0]
+
+
+def sample_drifted(
+    dataset,  # from `load_folder`; labels are not looked at
+    encoder: Encoder,  # image -> grid of embeddings
+    *,
+    copies: int = 4,  # drifts of each image
+    seed: int = 0,  # of samples and drifts
+    **options: object,  # of `sample_embeddings`
+) -> tuple[Tensor, Tensor, Tensor]:  # (N, D) embeddings, (N, 2) places, (copies, N, D) the same patches drifted
+    "Embeddings as they are, and as drift would make them."
+    changes = [partial(drift_light, seed=step_seed(seed, n)) for n in range(copies)]
+    drifted = [sample_embeddings(dataset, encoder, change=change, seed=seed, **options)[0] for change in changes]
+    return *sample_embeddings(dataset, encoder, seed=seed, **options), torch.stack(drifted)

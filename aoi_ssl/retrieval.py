@@ -34,7 +34,7 @@ from .core import AoiError, step_seed
 from .data import class_names, native_item, to_unit
 from .encoder import Encoder, check_images
 from .features import FeatureSpace, embed, fit_space, grid_corner, grid_windows, layer_count, mirror, recentre
-from .features import restore_space, sample_embeddings, shift_offsets, window_owners, window_places, with_layers
+from .features import restore_space, sample_drifted, sample_embeddings, shift_offsets, window_owners, window_places, with_layers
 from .metrics import THRESHOLDS, best_thresholds, counts_frame, scores, threshold_counts
 from .patches import Moments, guided_filter, lay, moments, patchify_mask, rim_weights, solve_ridge, unpatchify_mask
 from .patches import with_one
@@ -102,6 +102,7 @@ class Recipe:
     centre: str = "none"  # take away the mean embedding of the "bank", or that of each "window", or "none"
     whiten: int | None = None  # dimensions of whitened keys, at most; None: not whitened
     shrink: float = 1.0  # of the whitening: share of the mean variance that is added to each direction
+    steady: bool = False  # whiten by how far simulated drift moves embeddings, instead of by their variance
     bank_shifts: int = 1  # grids on which an image is remembered: 1, 2, 4, 8, 16 ...
     turns: int = 1  # orientations in which an image is remembered: 1, 2 (half turn), 4 (quarter turns), 8 (and mirrored)
     halo: int = 0  # pixels that a patch's mask reaches beyond it
@@ -161,6 +162,8 @@ def _check_recipe(
         value = getattr(recipe, name)
         if not (isinstance(value, int) and value >= least or (name == "whiten" and value is None)):
             raise AoiError(f"{name} is {value!r}; a whole number from {least} up was expected.")
+    if recipe.steady and not recipe.whiten:
+        raise AoiError("steady is True, but whiten is None; steady is a way to whiten. Use whiten=64 with it.")
     if recipe.query_shifts > recipe.bank_shifts:
         raise AoiError(
             f"query_shifts is {recipe.query_shifts}, bank_shifts {recipe.bank_shifts}; a bank must know at least the grids of "
@@ -1032,10 +1035,12 @@ def learn_space(
     if recipe.position == "keep" and recipe.centre != "bank" and not recipe.whiten and recipe.layers is None:
         return FeatureSpace()
     encoder = with_layers(encoder, recipe.layers)
-    samples = sample_embeddings(dataset, encoder, size=size, centred=recipe.centre == "window", seed=seed)
+    sample = sample_drifted if recipe.steady else sample_embeddings
+    x, places, *drifted = sample(dataset, encoder, size=size, centred=recipe.centre == "window", seed=seed)
     options = {name: getattr(recipe, name) for name in ("position", "whiten", "shrink")}
     options["centre"] = recipe.centre == "bank"
-    return fit_space(*samples, parts=layer_count(encoder), **options).to(encoder.mean.device)
+    options["drifted"] = drifted[0] if drifted else None
+    return fit_space(x, places, parts=layer_count(encoder), **options).to(encoder.mean.device)
 
 # %% ../nbs/api/14_retrieval.ipynb #f80b6ac4
 def build_bank(
