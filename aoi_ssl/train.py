@@ -222,11 +222,12 @@ def fit(
     patience: int | None = None,  # stop after so many validations in a row without a better score
     precision: str = "auto",  # "fp32", "bf16" (autocast), or "auto": bf16 on a GPU that has it, else fp32
     clip: float | None = None,  # largest norm of the gradient
+    after_step: Callable[[float], dict | None] | None = None,  # share of the budget spent -> figures for the history
     save_every: float = 60.0,  # seconds between checkpoints
     settings: dict | None = None,  # of the run, plain values; resuming with others is refused
     progress: bool = True,  # show a bar
     label: str = "training",  # beside the bar
-) -> pd.DataFrame:  # a row a step: step, seconds, lr, loss, and validation_* where there was one
+) -> pd.DataFrame:  # a row a step: step, seconds, lr, loss, validation_* where there was one, figures of after_step
     """Train until the budget is spent.
 
     Raises `AoiError` for a plan that cannot work, a loss that is not finite, or a checkpoint of another run;
@@ -253,6 +254,8 @@ def fit(
             torch.manual_seed(step_seed(seed, index))
             data = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch(index).items()}
             loop.note(_take_step(prepared, loss, data, optimizer, accelerator, autocast=autocast, clip=clip))
+            if after_step is not None:
+                run.history[-1].update(after_step(loop.spent) or {})
             loop.judge(validate, validations)
             loop.keep(save_every, interrupted=bool(pressed))
             bar.n = round(100 * loop.spent, 1)
