@@ -26,9 +26,9 @@ from .augment import Augment
 from .core import AoiError, new_folder, step_seed
 from .data import channel_count, channel_stats
 from .encoder import ViTEncoder, mae_config, new_vit
-from .pretrain import decay_groups, default_crop
+from .pretrain import _check_run, decay_groups, default_crop
 from .tiles import CropSampler
-from .train import Budget, _check_plan, checkpoint_beside, fit, parse_budget
+from .train import Budget, checkpoint_beside, fit, parse_budget
 
 # %% ../nbs/api/10_distill.ipynb #c5e7f028
 from transformers import ViTMAEModel
@@ -106,7 +106,7 @@ def block_masks(
     area, shape = 4 + (patches / 3 - 4) * area, 3 ** (2 * shape - 1)
     high, wide = ((area * s).sqrt().round().clamp(1, side) for s in (shape, 1 / shape))
     rows, columns = torch.arange(patches) // side, torch.arange(patches) % side
-    top, left = ((place * (side - size + 1)).floor() for place, size in ((y, high), (x, wide)))
+    top, left = ((place * (side + size - 1)).floor() - size + 1 for place, size in ((y, high), (x, wide)))
     inside = (rows >= top) & (rows < top + high) & (columns >= left) & (columns < left + wide)
     first = torch.where(inside.any(1), inside.int().argmax(1), blocks)  # the rectangle that hides a patch
     order = first * patches + torch.where(first == blocks, torch.rand(images, patches, generator=draw) * patches, rows * side + columns)
@@ -139,7 +139,7 @@ class Head(nn.Module):
         *,
         hidden: int = 1024,  # width of the MLP
         bottleneck: int = 256,  # length of what is compared
-        prototypes: int = 4096,  # K
+        prototypes: int = 1024,  # K
     ):
         super().__init__()
         sizes = [dim, hidden, hidden, bottleneck]
@@ -206,7 +206,7 @@ class Branch(nn.Module):
 # %% ../nbs/api/10_distill.ipynb #86081fbc
 def teacher_momentum(
     progress: float,  # share of the budget that is spent, 0 to 1
-    base: float = 0.99,  # the momentum at the start
+    base: float = 0.95,  # the momentum at the start
 ) -> float:  # from `base` to 1
     "How much of the old teacher stays in a step (Caron et al. 2021; Grill et al. 2020)."
     return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
@@ -249,7 +249,7 @@ def teacher_temperature(
     progress: float,  # share of the budget that is spent, 0 to 1
     *,
     start: float = 0.04,  # at the beginning
-    end: float = 0.07,  # from `warmup` on
+    end: float = 0.04,  # from `warmup` on
     warmup: float = 0.3,  # share of the budget over which it rises linearly
 ) -> float:  # the temperature
     "Linear warm-up of the teacher's temperature (Caron et al. 2021, appendix)."
@@ -286,19 +286,26 @@ class Distillation(nn.Module):
         student: Branch,  # trained
         *,
         objective: str = "dino",  # "dino": whole views; "ibot": hidden patches as well
-        momentum: float = 0.99,  # of the teacher, at the start
+        momentum: float = 0.95,  # of the teacher, at the start
+        temperature: tuple[float, float] = (0.04, 0.04),  # of the teacher, at the start and after 30 % of the budget
         freeze: float = 0.05,  # share of the budget for which the prototypes stay
         seed: int = 0,  # of the mask token
     ):
         super().__init__()
         self.student, self.teacher = student, copy.deepcopy(student).requires_grad_(False)
         self.objective, self.momentum, self.freeze, self.progress = objective, momentum, freeze, 0.0
+        self.temperatures = temperature
         self.mask_token = None
         self.register_buffer("centre", torch.zeros(len(student.head.prototypes)))
         if objective == "ibot":
             self.register_buffer("patch_centre", torch.zeros_like(self.centre))
             draw = torch.Generator().manual_seed(seed)
             self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, student.vit.config.hidden_size, generator=draw))
+
+    @property
+    def temperature(self) -> float:
+        "Of the teacher, now."
+        return teacher_temperature(self.progress, start=self.temperatures[0], end=self.temperatures[1])
 
     def get_extra_state(self) -> Tensor:
         "The share of the budget that is spent belongs to the state: the schedules hang on it."
@@ -320,7 +327,7 @@ class Distillation(nn.Module):
 # %% ../nbs/api/10_distill.ipynb #6e535149
 def _distillation_loss(model: Distillation, batch: dict[str, Tensor]) -> Tensor:
     "See `Distillation.forward`."
-    temperature, frozen = teacher_temperature(model.progress), model.progress < model.freeze
+    temperature, frozen = model.temperature, model.progress < model.freeze
     views, places = batch["global"], batch.get("places")
     crops = len(views) // batch["global_views"]
     with torch.no_grad():
@@ -419,7 +426,7 @@ def _watch(model: Distillation, encoder: ViTEncoder, crops: Tensor, *, looks: in
         pixels = encoder.normalise(crops)
         tokens = vit_tokens(model.teacher.vit, pixels)
         cosines = model.teacher.head(model.teacher.whole(tokens))
-        answers = sharpen(cosines, model.centre, teacher_temperature(model.progress))
+        answers = sharpen(cosines, model.centre, model.temperature)
         return collapse_figures(tokens[:, 1:], answers)
 
     def after_step(progress: float) -> dict | None:
@@ -503,18 +510,17 @@ def new_distillation(
     *,
     objective: str = "dino",  # "dino" or "ibot"
     pool: str = "cls",  # "cls" or "mean"
-    prototypes: int = 4096,  # K
+    prototypes: int = 1024,  # K
     hidden: int = 1024,  # width of the head
     bottleneck: int = 256,  # length of what is compared
-    momentum: float = 0.99,  # of the teacher, at the start
-    freeze: float = 0.05,  # share of the budget for which the prototypes stay
     seed: int = 0,  # one seed, one head
+    **options,  # momentum, temperature and freeze of `Distillation`
 ) -> Distillation:  # ready to train
     "Put a head on a ViT and a teacher beside it; the random state of the caller stays as it was."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(seed, 5))
         head = Head(vit.config.hidden_size, hidden=hidden, bottleneck=bottleneck, prototypes=prototypes)
-    return Distillation(Branch(vit, head, pool=pool), objective=objective, momentum=momentum, freeze=freeze, seed=seed)
+    return Distillation(Branch(vit, head, pool=pool), objective=objective, seed=seed, **options)
 
 # %% ../nbs/api/10_distill.ipynb #d327d65b
 def distill(
@@ -530,11 +536,12 @@ def distill(
     pool: str = "cls",  # what stands for a view: "cls" or "mean"
     patch_size: int = 16,  # pixels per patch and side
     batch_size: int = 32,  # crops, of each process
-    base_lr: float = 4e-3,  # for a batch of 256; at 32 it is 5e-4
+    base_lr: float = 8e-3,  # for a batch of 256; at 32 it is 1e-3
     weight_decay: float = 0.05,  # on matrices and kernels
     warmup: float = 0.05,  # share of the budget
-    momentum: float = 0.99,  # of the teacher, at the start
-    prototypes: int = 4096,  # directions that views are told apart by
+    momentum: float = 0.95,  # of the teacher, at the start; 0.996 for runs of many thousand steps
+    temperature: tuple[float, float] = (0.04, 0.04),  # of the teacher, at the start and after 30 % of the budget
+    prototypes: int = 1024,  # directions that views are told apart by
     augment: bool | Augment = True,  # False, True for the paper's, or your own
     source: Callable[[int], Tensor] | None = None,  # index -> crops; None: `crop_source` of the dataset
     seed: int = 0,  # one seed, one result (with a budget in steps or epochs)
@@ -548,9 +555,9 @@ def distill(
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving. Warns of a
     collapse."""
     budget, channels = parse_budget(budget), channel_count(dataset)
-    _check_plan(budget.resolve(1), None, 10, None, precision)
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
     crop = default_crop(dataset, most=224, patch_size=patch_size) if crop is None else crop
+    _check_run(dataset, None, crop, batch_size, budget, precision)
     views = default_views(crop, patch_size) if views is None else views
     _check_views(views, patch_size, objective, pool, lights, channels)
     process = Accelerator()
@@ -558,7 +565,7 @@ def distill(
     config = mae_config(encoder, channels=channels, patch_size=patch_size, image_size=crop)
     source = source or crop_source(dataset, size=crop, batch_size=batch_size, seed=seed)
     model = new_distillation(new_vit(config, seed=seed), objective=objective, pool=pool, prototypes=prototypes,
-                             momentum=momentum, seed=seed)
+                             momentum=momentum, temperature=temperature, seed=seed)
     mean, std = channel_stats(dataset, max_images=200, seed=seed)
     inner, change = ViTEncoder(model.teacher.vit, mean=mean, std=std).to(device), Augment() if augment is True else augment or None
     model.to(device)
@@ -567,7 +574,8 @@ def distill(
     groups, lr = decay_groups(model, weight_decay=weight_decay), base_lr * whole_batch / 256
     settings = {"config": config.to_json_string(), "images": len(dataset), "batch_size": batch_size, "lr": lr,
                 "weight_decay": weight_decay, "augment": change and asdict(change), "views": str(views), "lights": lights,
-                "objective": objective, "pool": pool, "prototypes": prototypes, "momentum": momentum}
+                "objective": objective, "pool": pool, "prototypes": prototypes, "momentum": momentum,
+                "temperature": list(temperature)}
     history = fit(
         model, lambda model, batch: model(batch), batches, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)),
         budget=budget.resolve(-(-len(dataset) // whole_batch)), warmup=warmup, seed=seed, precision=precision, clip=3.0,
