@@ -382,7 +382,7 @@ def test_it_learns_and_does_not_collapse(images, objective):
     watched = history.dropna(subset="effective_rank")
     assert len(watched) == 20 and not watched.collapsed.any()
     assert history.loss.tail(10).mean() < (2 if objective == "ibot" else 1) * math.log(64) - 0.1
-    assert watched.information.iloc[-1] > 0.1 > 2 * watched.information.iloc[0]
+    assert watched.information.iloc[-1] > 1.5 * watched.information.iloc[0]
 
 
 def test_bf16_gives_nearly_the_same_losses(images):
