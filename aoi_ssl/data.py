@@ -8,7 +8,8 @@ __all__ = ['PROBLEMS', 'IMAGE_SUFFIXES', 'IGNORE', 'MASK_FORMATS', 'MASK_FOLDERS
            'MaskFormat', 'mask_format_of', 'read_mask', 'write_mask', 'list_files', 'compile_pattern', 'find_lights',
            'pair_lights', 'find_masks', 'one_mask_each', 'discover_classes', 'read_meta', 'Scan', 'scan_folder',
            'Lights', 'Annotation', 'load_folder', 'class_names', 'channel_count', 'native_item', 'source_folders',
-           'find_duplicates', 'check_folder', 'device_ids', 'split_by_device', 'few_shot', 'channel_stats']
+           'find_duplicates', 'check_folder', 'device_ids', 'split_by_device', 'few_shot', 'count_grey_values',
+           'grey_stats', 'channel_stats']
 
 # %% ../nbs/api/02_data.ipynb #f2b1f815
 import base64
@@ -1585,6 +1586,28 @@ def few_shot(
     order = np.random.default_rng(seed).permutation(labelled)
     return dataset.select(sorted(order[:n].tolist())), dataset.select(sorted(order[n:].tolist()))
 
+# %% ../nbs/api/02_data.ipynb #96143b58
+def count_grey_values(
+    counts: np.ndarray,  # (C, 65536) int64, changed in place: how often each 16-bit grey value occurred
+    pixels: np.ndarray,  # (C, H, W) uint8 or uint16
+) -> None:
+    "Add the pixels of one image."
+    step = 257 if pixels.dtype == np.uint8 else 1
+    for row, plane in zip(counts, pixels, strict=True):
+        row[::step] += np.bincount(plane.ravel(), minlength=65536 // step + (step > 1))
+
+
+def grey_stats(
+    counts: np.ndarray,  # (C, 65536) int64 of `count_grey_values`
+) -> tuple[torch.Tensor, torch.Tensor]:  # mean and standard deviation, float32 (C,), of pixels in [0, 1]
+    "Mean and standard deviation of each light, from exact integer sums."
+    values, total = np.arange(65536, dtype=np.int64), counts.sum(1)
+    first = [int((row * values).sum()) for row in counts]
+    second = [sum(int(n) * int(v) ** 2 for v, n in zip(values[row > 0], row[row > 0], strict=True)) for row in counts]
+    mean = [s / int(n) / 65535 for s, n in zip(first, total, strict=True)]
+    variance = [(int(n) * q - s * s) / int(n) ** 2 / 65535**2 for s, q, n in zip(first, second, total, strict=True)]
+    return torch.tensor(mean), torch.tensor([v**0.5 or 1.0 for v in variance])
+
 # %% ../nbs/api/02_data.ipynb #6375c0b2
 def channel_stats(
     dataset: datasets.Dataset,  # the training split, labelled or not
@@ -1598,13 +1621,5 @@ def channel_stats(
     rows = np.random.default_rng(seed).permutation(len(dataset))[:max_images]
     counts = np.zeros((channel_count(dataset), 65536), np.int64)
     for i in sorted(rows.tolist()):
-        pixels = read_native(json.loads(_raw(dataset, i)["image"])["paths"])
-        step = 257 if pixels.dtype == np.uint8 else 1
-        for c, plane in enumerate(pixels):
-            counts[c, ::step] += np.bincount(plane.ravel(), minlength=65536 // step + (step > 1))
-    values, total = np.arange(65536, dtype=np.int64), counts.sum(1)
-    first = [int((row * values).sum()) for row in counts]
-    second = [sum(int(n) * int(v) ** 2 for v, n in zip(values[row > 0], row[row > 0], strict=True)) for row in counts]
-    mean = [s / int(n) / 65535 for s, n in zip(first, total, strict=True)]
-    variance = [(int(n) * q - s * s) / int(n) ** 2 / 65535**2 for s, q, n in zip(first, second, total, strict=True)]
-    return torch.tensor(mean), torch.tensor([v**0.5 or 1.0 for v in variance])
+        count_grey_values(counts, read_native(json.loads(_raw(dataset, i)["image"])["paths"]))
+    return grey_stats(counts)

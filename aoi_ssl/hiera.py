@@ -6,7 +6,8 @@
 __all__ = ['HIERA_PRESETS', 'unrolled_order', 'hiera_config', 'new_hiera', 'fix_positions', 'stage_outputs', 'HieraEncoder',
            'PretrainedHiera', 'pretrain_hiera']
 
-# %% ../nbs/api/10_hiera.ipynb #f53e3acd
+# %% ../nbs/api/10_hiera.ipynb #32b78f7b
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,16 +20,16 @@ from torch.nn import functional as F
 
 from .augment import Augment
 from .core import AoiError, new_folder
-from .data import channel_count, channel_stats
+from .crops import CropStore
+from .data import channel_count
 from .encoder import Encoder, quiet, sincos_positions
-from .pretrain import _batches, _check_run, decay_groups, default_crop
-from .tiles import CropSampler
+from .pretrain import _batches, _check_run, _open_crops, decay_groups, default_crop
 from .train import Budget, checkpoint_beside, fit, parse_budget
 
-# %% ../nbs/api/10_hiera.ipynb #a6f6d62d
+# %% ../nbs/api/10_hiera.ipynb #537cb7bf
 from transformers import HieraConfig, HieraForPreTraining, HieraModel
 
-# %% ../nbs/api/10_hiera.ipynb #56fa10c7
+# %% ../nbs/api/10_hiera.ipynb #b0319243
 def unrolled_order(
     rows: int,  # tokens, a multiple of 2 ** levels
     columns: int,  # tokens, likewise
@@ -40,7 +41,7 @@ def unrolled_order(
         grid = grid.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 2, 4, 1, 3).flatten(0, 2)
     return grid.flatten()
 
-# %% ../nbs/api/10_hiera.ipynb #766463d2
+# %% ../nbs/api/10_hiera.ipynb #613c5095
 HIERA_PRESETS = {
     "hiera-nano": {"embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4]},
     "hiera-tiny": {"embed_dim": 48, "depths": [1, 2, 4], "num_heads": [1, 2, 4]},
@@ -70,7 +71,7 @@ def hiera_config(
         decoder_hidden_size=128, decoder_depth=2, decoder_num_heads=4,
     )
 
-# %% ../nbs/api/10_hiera.ipynb #a9fbffa1
+# %% ../nbs/api/10_hiera.ipynb #d4b2eed0
 def new_hiera(
     config: HieraConfig,  # see hiera_config
     *,
@@ -98,7 +99,7 @@ def fix_positions(
         table.requires_grad_(False)
         table.copy_(sincos_positions(side, table.shape[2])[:, 1:])
 
-# %% ../nbs/api/10_hiera.ipynb #2632d4ab
+# %% ../nbs/api/10_hiera.ipynb #58891e7c
 def stage_outputs(
     hiera: HieraModel,  # its positions are interpolated to the image
     pixels: Tensor,  # (B, C, H, W), normalised, sides a multiple of 16
@@ -116,7 +117,7 @@ def stage_outputs(
         found.append(F.layer_norm(tokens[:, spatial].unflatten(1, (rows, columns)), tokens.shape[-1:]))
     return found
 
-# %% ../nbs/api/10_hiera.ipynb #1d9af410
+# %% ../nbs/api/10_hiera.ipynb #68d84419
 class HieraEncoder(Encoder):
     "A hierarchical encoder; untrained until `pretrain_hiera` has trained it."
 
@@ -167,7 +168,7 @@ class HieraEncoder(Encoder):
         hiera.embeddings.position_embeddings.requires_grad_(False)
         return cls(hiera, mean=settings["mean"], std=settings["std"], stages=settings["stages"])
 
-# %% ../nbs/api/10_hiera.ipynb #891a7890
+# %% ../nbs/api/10_hiera.ipynb #1dce2def
 @dataclass
 class PretrainedHiera:
     "A pre-trained encoder, the autoencoder around it, and how the training went."
@@ -189,7 +190,7 @@ class PretrainedHiera:
             self.encoder.write_manifest(aside)
             self.history.to_csv(aside / "hiera.csv", index=False)
 
-# %% ../nbs/api/10_hiera.ipynb #9dc5d089
+# %% ../nbs/api/10_hiera.ipynb #d91fe108
 def pretrain_hiera(
     dataset,  # images to learn from, of data.load_folder; labels are not read
     out: str | Path | None = None,  # the folder to write; nothing is written by default
@@ -208,34 +209,38 @@ def pretrain_hiera(
     seed: int = 0,  # one seed, one result (with a budget in steps or epochs)
     resume: bool = False,  # go on with an unfinished run
     overwrite: bool = False,  # replace `out` if it is not empty
+    crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
     precision: str = "auto",  # see train.fit
+    report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
     progress: bool = True,  # show a bar
 ) -> PretrainedHiera:  # encoder, autoencoder, history
     """Pre-train a masked hierarchical autoencoder (Ryali et al. 2023).
 
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
-    budget = parse_budget(budget)
+    budget, process = parse_budget(budget), Accelerator()
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
     crop = default_crop(dataset, most=224, patch_size=16) if crop is None else crop
     config = hiera_config(encoder, channels=channel_count(dataset), image_size=crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
-    process = Accelerator()
-    whole_batch = batch_size * process.num_processes
-    crops = CropSampler(dataset, size=crop, seed=seed, labels=False)
-    _check_run(dataset, None, crop, batch_size, budget, precision)
+    _check_run(dataset, None, crop, batch_size, budget, None, precision)
+    decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
+    crops = _open_crops(dataset, crops, decoded, crop, seed, process, progress and process.is_main_process)
     mae = new_hiera(config, model=HieraForPreTraining, seed=seed)
-    mean, std = channel_stats(dataset, max_images=200, seed=seed)
-    inner, change = HieraEncoder(mae.hiera, mean=mean, std=std, stages=stages), Augment() if augment is True else augment or None
-    groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * whole_batch / 256
-    settings = {"config": config.to_json_string(), "images": len(dataset), "batch_size": batch_size, "lr": lr,
+    inner, units = (HieraEncoder(mae.hiera, mean=crops.mean, std=crops.std, stages=n).to(process.device) for n in (stages, (3,)))
+    change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
+    groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
+    settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,
                 "weight_decay": weight_decay, "augment": change and asdict(change)}
     history = fit(
-        mae, lambda model, batch: model(batch["pixels"]).loss, _batches(crops, inner, change, batch_size, seed),
-        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), budget=budget.resolve(crops.steps_per_epoch(whole_batch)),
-        warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
-        progress=progress, label="pre-training",
+        mae, lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss,
+        _batches(crops, units, crop, change, batch_size, process),
+        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
+        budget=budget.resolve(crops.steps_per_epoch(total)), warmup=warmup, seed=seed, precision=precision,
+        checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
+        label="pre-training",
     )
     result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history)
     if out is not None and process.is_main_process:
         result.save(out, overwrite=overwrite)
         checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(decoded, ignore_errors=True)
     return result

@@ -7,8 +7,9 @@ __all__ = ['decays', 'decay_groups', 'Reconstruction', 'Pretrained', 'load_pretr
            'pretrain']
 
 # %% ../nbs/api/09_pretrain.ipynb #280c1613
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +20,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .augment import Augment
-from .core import AoiError, new_folder, step_seed
-from .data import channel_count, channel_stats
+from .core import AoiError, new_folder, read_json, step_seed
+from .crops import CropStore, store_images
+from .data import channel_count
 from aoi_ssl.encoder import (
     PRESETS,
     Encoder,
@@ -34,7 +36,7 @@ from aoi_ssl.encoder import (
     quiet,
     to_windows,
 )
-from .tiles import CropSampler, check_crops
+from .tiles import check_crops
 from .train import Budget, _check_plan, checkpoint_beside, fit, parse_budget
 
 # %% ../nbs/api/09_pretrain.ipynb #090b79ff
@@ -206,23 +208,46 @@ def _continue(mae: ViTMAEForPreTraining, old: ViTEncoder, folder: Path) -> None:
     mae.load_state_dict({name: value for name, value in known.items() if not name.endswith(fixed)}, strict=False)
 
 # %% ../nbs/api/09_pretrain.ipynb #bbd7e540
-def _batches(crops: CropSampler, encoder: ViTEncoder, augment: Augment | None, batch_size: int, seed: int) -> Callable:
-    "index -> augmented and normalised crops, the same for the same index."
+def _batches(crops: CropStore, encoder: ViTEncoder, size: int, augment: Augment | None, batch: int, process) -> Callable:
+    "index -> augmented and normalised crops, and the noise that decides which patches to hide; the same for the same index."
+    total, patches = batch * process.num_processes, (size // encoder.patch_size) ** 2
 
-    def batch(index: int) -> dict:
-        images = crops.batch(index, batch_size)["image"]
+    def at(index: int) -> dict:
+        step, rank = divmod(index, process.num_processes)
+        part = slice(rank * batch, (rank + 1) * batch)
+        images = crops.batch(step, total, size=size, part=part)
         if augment is not None:
-            images = augment(images, seed=step_seed(seed, index, 1))[0]
-        return {"pixels": encoder.normalise(images)}
+            images = augment(images, seed=step_seed(crops.seed, step, 1), total=total, part=part)[0]
+        draw = torch.Generator().manual_seed(step_seed(crops.seed, step, 2))
+        noise = torch.rand(total, patches, generator=draw)[part]
+        return {"pixels": encoder.normalise(images.to(encoder.mean)), "noise": noise}
 
-    return batch
+    return at
 
 
-def _check_run(dataset, validation, crop: int, batch_size: int, budget: Budget, precision: str) -> None:
+def _open_crops(dataset, crops: CropStore | None, folder: Path | None, crop: int, seed: int, process, progress: bool) -> CropStore:
+    "Decode the images once, in the main process; on a GPU with room enough they live there."
+    if crops is not None:
+        crops.seed = seed
+    elif folder is None:
+        crops = store_images(dataset, cell=crop, seed=seed, progress=progress)
+    else:
+        with process.main_process_first():
+            known = folder.is_dir() and read_json(folder / "crops.json")
+            fits = known and (known["cell"], known["images"]) == (crop, list(dataset["stem"]))
+            crops = CropStore(folder, seed=seed) if fits else store_images(
+                dataset, folder, cell=crop, seed=seed, progress=progress, overwrite=True)
+    if process.device.type == "cuda" and 2 * crops.pixels.nbytes < torch.cuda.mem_get_info()[0]:
+        crops.to(process.device)
+    return crops
+
+
+def _check_run(dataset, validation, crop: int, batch_size: int, budget: Budget, patience: int | None, precision: str) -> None:
     "Raise `AoiError` for what is wrong, as far as it shows without reading an image."
-    _check_plan(budget.resolve(1), validation, 10, None, precision)
+    _check_plan(budget.resolve(1), validation, 10, patience, precision)
     if not (isinstance(batch_size, int) and batch_size >= 1):
         raise AoiError(f"batch_size is {batch_size!r}; a whole number of crops from 1 up was expected. Try 32.")
+    check_crops(dataset, size=crop)
     if validation is None:
         return
     if channel_count(validation) != channel_count(dataset):
@@ -235,8 +260,8 @@ def _check_run(dataset, validation, crop: int, batch_size: int, budget: Budget, 
 
 def _validation(dataset, encoder: ViTEncoder, crop: int, batch_size: int, batches: int = 4) -> Callable:
     "model -> its loss on fixed crops of held-out images under fixed masks, without augmentation."
-    crops, generator = CropSampler(dataset, size=crop, labels=False), torch.Generator().manual_seed(0)
-    fixed = [encoder.normalise(crops.batch(i, batch_size)["image"]) for i in range(batches)]
+    crops, generator = store_images(dataset, cell=crop), torch.Generator().manual_seed(0)
+    fixed = [encoder.normalise(crops.batch(i, batch_size, size=crop).to(encoder.mean)) for i in range(batches)]
     noise = [torch.rand(batch_size, (crop // encoder.patch_size) ** 2, generator=generator) for _ in fixed]
 
     def validate(mae: ViTMAEForPreTraining) -> dict:
@@ -253,6 +278,7 @@ def pretrain(
     encoder: str = "tiny",  # preset: "tiny" or "small" (the paper's)
     budget: str | float | Budget = "5m",  # "5m", "2000 steps", "50 epochs"
     validation=None,  # held-out images; the weights with the lowest loss on them are kept
+    patience: int | None = None,  # stop after so many of the ten validations in a row without a better one
     crop: int | None = None,  # pixels, a multiple of the patch size; 224 by default, less if images are smaller
     patch_size: int = 16,  # pixels per patch and side
     batch_size: int = 32,  # crops, of each process
@@ -265,9 +291,11 @@ def pretrain(
     seed: int = 0,  # one seed, one result (with a budget in steps or epochs)
     resume: bool = False,  # go on with an unfinished run
     overwrite: bool = False,  # replace `out` if it is not empty
+    crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
     start_from: str | Path | None = None,  # folder of an encoder to go on from; replaces `encoder` and `patch_size`
     precision: str = "auto",  # see train.fit
-    progress: bool = True,  # show a bar
+    report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
+    progress: bool = True,  # show a bar, and what to expect
 ) -> Pretrained:  # encoder, autoencoder, history
     """Pre-train a masked autoencoder (He et al. 2022; the recipe of AOI-SSL).
 
@@ -276,27 +304,30 @@ def pretrain(
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
     config, old = _plan(dataset, encoder, start_from, crop, patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix)
     process = Accelerator()
-    whole_batch = batch_size * process.num_processes
-    crops = CropSampler(dataset, size=config.image_size, seed=seed, labels=False)
-    _check_run(dataset, validation, config.image_size, batch_size, budget, precision)
+    _check_run(dataset, validation, config.image_size, batch_size, budget, patience, precision)
+    decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
+    crops = _open_crops(dataset, crops, decoded, config.image_size, seed, process, progress and process.is_main_process)
     mae = new_vit(config, model=ViTMAEForPreTraining, seed=seed)
     if old is not None:
         _continue(mae, old, Path(start_from))
-    mean, std = (old.mean, old.std) if old is not None else channel_stats(dataset, max_images=200, seed=seed)
-    inner = ViTEncoder(mae.vit, mean=mean, std=std, layers=None if old is None else old.layers)
+    mean, std = (crops.mean, crops.std) if old is None else (old.mean, old.std)
+    inner = ViTEncoder(mae.vit, mean=mean, std=std, layers=None if old is None else old.layers).to(process.device)
     change = Augment() if augment is True else augment or None
-    groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * whole_batch / 256
-    settings = {"config": config.to_json_string(), "images": len(dataset), "batch_size": batch_size, "lr": lr,
+    total = batch_size * process.num_processes
+    groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
+    settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,
                 "weight_decay": weight_decay, "augment": change and asdict(change), "start_from": str(start_from)}
     history = fit(
-        mae, lambda model, batch: model(batch["pixels"]).loss, _batches(crops, inner, change, batch_size, seed),
-        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), budget=budget.resolve(crops.steps_per_epoch(whole_batch)),
+        mae, lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss,
+        _batches(crops, inner, config.image_size, change, batch_size, process),
+        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"), budget=budget.resolve(crops.steps_per_epoch(total)),
         warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
         validate=None if validation is None else _validation(validation, inner, config.image_size, batch_size),
-        progress=progress, label="pre-training",
+        patience=patience, report_to=report_to, images=total, progress=progress, label="pre-training",
     )
     result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history)
     if out is not None and process.is_main_process:
         result.save(out, overwrite=overwrite)
         checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(decoded, ignore_errors=True)
     return result

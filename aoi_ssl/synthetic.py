@@ -6,9 +6,9 @@
 __all__ = ['CLASSES', 'MATERIALS', 'MAKERS', 'SIDES', 'Material', 'bright_field', 'ring_light', 'noise_tile', 'Texture', 'Canvas',
            'new_canvas', 'local_frame', 'box_distance', 'coverage', 'draw_plate', 'draw_solid', 'draw_ball',
            'draw_wedge', 'Wire', 'draw_wire', 'cast_shadow', 'draw_epoxy', 'cut_blocks', 'circuit', 'draw_die', 'Maker',
-           'Die', 'Lead', 'Bond', 'Device', 'Drift', 'Pose', 'draw_frame', 'draw_board', 'draw_fiducials', 'Placed',
-           'draw_pads', 'draw_bonds', 'draw_dirt', 'add_relief', 'draw', 'shine', 'record', 'expose', 'Sample',
-           'render', 'pixel_shares', 'render_folder']
+           'drawn_maker', 'Die', 'Lead', 'Bond', 'Device', 'Drift', 'Pose', 'draw_frame', 'draw_board',
+           'draw_fiducials', 'Placed', 'draw_pads', 'draw_bonds', 'draw_dirt', 'add_relief', 'draw', 'shine', 'record',
+           'expose', 'Sample', 'render', 'pixel_shares', 'render_folder']
 
 # %% ../nbs/api/01_synthetic.ipynb #e47ce969
 import math
@@ -537,6 +537,15 @@ class Maker:
     fillet: tuple[float, float]  # width of the epoxy around a die
     exposure: tuple[float, float]  # of bright field and ring light
 
+# %% ../nbs/api/01_synthetic.ipynb #f622fe7d
+def _whole(name: str, value: int, low: int = 0, high: int | None = None) -> int:
+    "`value` as an int; `AoiError` if it is no whole number from `low` to `high`."
+    good = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not good or value < low or (high is not None and value > high):
+        limits = f"from {low}" + ("" if high is None else f" to {high}")
+        raise AoiError(f"{name} is {value!r}; a whole number {limits} was expected. Use for example {name}={low}.")
+    return int(value)
+
 # %% ../nbs/api/01_synthetic.ipynb #66b7beb0
 MAKERS = (
     Maker("acme", "frame", "void", "copper", "silver", "gold", ("silver epoxy",), (1, 1, 2), "tblr", (4, 6), (15, 24),
@@ -550,6 +559,30 @@ MAKERS = (
     Maker("eastern", "frame", "void", "nickel", "silver", "copper", ("silver epoxy", "white epoxy"), (1, 2, 3), "tb",
           (5, 8), (12, 20), (3.6, 4.8), (24, 40), (26, 40), (1.7, 1.5)),
 )  # fmt: skip
+
+# %% ../nbs/api/01_synthetic.ipynb #4633e984
+_GROUNDS = {"frame": ("void", "tape"), "laminate": ("solder mask", "tape", "silicon"), "ceramic": ("ceramic", "tape", "solder mask")}
+_METALS = ("copper", "nickel", "silver", "gold", "aluminium")
+
+
+def drawn_maker(
+    seed: int,  # another seed, another maker
+) -> Maker:  # with traits that no named maker has together
+    "A manufacturer's style with every trait drawn."
+    rng = np.random.default_rng(step_seed(_whole("seed", seed), 7))
+    base = str(rng.choice([*_GROUNDS]))
+    metal, tip, wire_metal = (str(m) for m in rng.choice(_METALS, 3))
+
+    def span(low: float, high: float) -> tuple[float, float]:
+        return tuple(float(n) for n in np.sort(rng.uniform(low, high, 2)))
+
+    first = int(rng.integers(3, 6))
+    return Maker(
+        f"drawn{seed:05d}", base, str(rng.choice(_GROUNDS[base])), metal, tip, wire_metal,
+        tuple(str(m) for m in rng.choice([m for m in MATERIALS if m.endswith("epoxy")], 2)), (1, 2, 3, 4),
+        str(rng.choice(["tblr", "tblr", "lr", "tb", "tbl"])), (first, first + int(rng.integers(0, 4))), span(9, 36),
+        span(2.8, 6.5), span(16, 56), span(16, 46), (float(rng.uniform(1.2, 2.5)), float(rng.uniform(1.2, 2.4))),
+    )
 
 # %% ../nbs/api/01_synthetic.ipynb #24f9621e
 class Die(NamedTuple):
@@ -701,25 +734,18 @@ class Device:
     @classmethod
     def from_seed(
         cls,
-        seed: int,  # any whole number from 0; the makers take turns
+        seed: int,  # any whole number from 0
+        *,
+        maker: Maker | None = None,  # by default those of MAKERS take turns
     ) -> "Device":  # its layout
         "Draw a layout. Raises `AoiError` for a seed that is no whole number from 0."
-        return _layout(_whole("device", seed))
+        return _layout(_whole("device", seed), MAKERS[seed % len(MAKERS)] if maker is None else maker)
 
 # %% ../nbs/api/01_synthetic.ipynb #e8e5fe31
-def _whole(name: str, value: int, low: int = 0, high: int | None = None) -> int:
-    "`value` as an int; `AoiError` if it is no whole number from `low` to `high`."
-    good = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not good or value < low or (high is not None and value > high):
-        limits = f"from {low}" + ("" if high is None else f" to {high}")
-        raise AoiError(f"{name} is {value!r}; a whole number {limits} was expected. Use for example {name}={low}.")
-    return int(value)
-
-
 @lru_cache(maxsize=256)
-def _layout(seed: int) -> Device:
+def _layout(seed: int, maker: Maker) -> Device:
     "The layout behind `Device.from_seed`."
-    rng, maker = np.random.default_rng(step_seed(seed, 1)), MAKERS[seed % len(MAKERS)]
+    rng = np.random.default_rng(step_seed(seed, 1))
     tips = rng.uniform(182, 200)
     reach, fillet, wire = tips - rng.uniform(10, 18), rng.uniform(*maker.fillet), rng.uniform(*maker.wire)
     dies, leads = _dies(maker, reach, fillet, rng), _leads(maker, tips, rng)
@@ -754,6 +780,16 @@ class Drift:
     ) -> "Drift":  # all five alike
         "The same amount of every kind of drift."
         return cls(*[amount] * len(fields(cls)))
+
+    @classmethod
+    def draw(
+        cls,
+        low: float,  # 0 .. 1
+        high: float,  # low .. 1
+        rng: np.random.Generator,  # where chance comes from
+    ) -> "Drift":  # each of the five for itself
+        "Drift of another amount in every kind."
+        return cls(*rng.uniform(low, high, len(fields(cls))).tolist())
 
 # %% ../nbs/api/01_synthetic.ipynb #2be703e7
 @dataclass(frozen=True)
@@ -1145,16 +1181,16 @@ def pixel_shares(
     return pd.DataFrame(rows)
 
 # %% ../nbs/api/01_synthetic.ipynb #f355e779
-def _plan(first: int, devices: int, new: int, pretrain: int, images: int, labelled: int, calibration: int) -> list:
+def _plan(of: list[Device], devices: int, new: int, images: int, labelled: int, calibration: int) -> list:
     "Which picture of which device goes to which split: (device, image, split)."
     rows = []
-    for d in range(devices + new + pretrain):
+    for d, device in enumerate(of):
         for i in range(images):
             if d < devices:
                 split = "pretrain" if i >= labelled else "calibration" if i >= labelled - calibration else "train"
             else:
                 split = "new" if d < devices + new else "pretrain"
-            rows.append((Device.from_seed(first + d), i, split))
+            rows.append((device, i, split))
     return rows
 
 
@@ -1167,6 +1203,16 @@ def _write(job: tuple) -> None:
     if labelled:
         bits = sum(layer.astype(np.uint8) << c for c, layer in enumerate(sample.mask))
         Image.fromarray(bits).save(path.parent / "masks" / f"{path.name}.png", compress_level=1)
+
+# %% ../nbs/api/01_synthetic.ipynb #d6673fd6
+def _drifts(drift: float | Drift | tuple[float, float], device: int, image: int) -> Drift:
+    "The drift of one picture: as given, or drawn from a range."
+    if isinstance(drift, Drift):
+        return drift
+    if isinstance(drift, (tuple, list)):
+        low, high = (Drift.of(n).light for n in drift)
+        return Drift.draw(min(low, high), max(low, high), np.random.default_rng(step_seed(device, 8, image)))
+    return Drift.of(drift)
 
 # %% ../nbs/api/01_synthetic.ipynb #6176eeb3
 def _run(jobs: list, workers: int, progress: bool) -> None:
@@ -1193,7 +1239,8 @@ def render_folder(
     size: int | tuple[int, int] = 512,  # in pixels, or (height, width)
     bits: int = 8,  # 8 or 16
     seed: int = 0,  # another seed, other devices: device seeds are 1000 * seed, 1000 * seed + 1 ...
-    drift: float | Drift = 0.0,  # 0 .. 1, of every picture
+    drift: float | Drift | tuple[float, float] = 0.0,  # 0 .. 1, of every picture; or a range, drawn for each picture and kind
+    makers: str = "named",  # "named": those of MAKERS take turns; "drawn": every device has a maker of its own
     workers: int = 1,  # processes; the bytes do not depend on it
     overwrite: bool = False,  # replace a folder that is not empty
     progress: bool = True,  # show a bar
@@ -1201,21 +1248,25 @@ def render_folder(
     "Write a folder in the data contract. Raises `AoiError` for numbers out of range or a folder that is not empty."
     counts = dict(devices=devices, calibration=calibration, new_devices=new_devices, pretrain_devices=pretrain_devices)
     labelled = _whole("labelled", images if labelled is None else labelled, 0, _whole("images", images, 1))
-    drift = drift if isinstance(drift, Drift) else Drift.of(drift)
-    _check_format(size, bits), _whole("workers", workers, 1)
+    _drifts(drift, 0, 0), _check_format(size, bits), _whole("workers", workers, 1)
+    if makers not in ("named", "drawn"):
+        raise AoiError(f"makers is {makers!r}; 'named' or 'drawn' was expected.")
     total = sum(_whole(name, n) for name, n in counts.items()) - calibration
     if not total or (devices and labelled < calibration):
         raise AoiError(f"{counts} with labelled={labelled} gives no device, or fewer labelled images than calibration "
                        "images; at least one and as many were expected. Ask for more.")  # fmt: skip
     first = 1000 * _whole("seed", seed)
-    rows = _plan(first, devices, new_devices, pretrain_devices, images, labelled, calibration)
+    seeds = range(first, first + devices + new_devices + pretrain_devices)
+    of = [Device.from_seed(n, maker=drawn_maker(n) if makers == "drawn" else None) for n in seeds]
+    rows = _plan(of, devices, new_devices, images, labelled, calibration)
     with new_folder(out, overwrite=overwrite) as folder:
         table, jobs = [], []
         for device, i, split in rows:
             stem, masked = f"{device.manufacturer}/{device.name}/im{i:03d}", split != "pretrain"
             (folder / stem).parent.joinpath("masks" if masked else "").mkdir(parents=True, exist_ok=True)
-            table.append((stem, device.name, device.manufacturer, split, max(astuple(drift)), i))
-            jobs.append((str(folder), stem, masked, device.seed, i, dict(size=size, drift=drift, bits=bits)))
+            drifted = _drifts(drift, device.seed, i)
+            table.append((stem, device.name, device.manufacturer, split, round(max(astuple(drifted)), 4), i))
+            jobs.append((str(folder), stem, masked, device, i, dict(size=size, drift=drifted, bits=bits)))
         columns = ["stem", "device", "manufacturer", "split", "drift", "seed"]
         pd.DataFrame(table, columns=columns).to_csv(folder / "meta.csv", index=False)
         write_json(folder / "classes.json", {"classes": list(CLASSES), "mask_format": "bits"})

@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -167,16 +168,21 @@ def _judge(run: _Run, figures: dict, model: nn.Module) -> dict:
     return {f"validation_{k}": float(v) for k, v in figures.items()}
 
 # %% ../nbs/api/07_train.ipynb #cd548d71
-def _finite(losses: list[Tensor], step: int) -> list[float]:
-    "The losses as numbers; raises `AoiError` if one is not finite."
-    values = torch.stack(losses).float().cpu().tolist() if losses else []
-    for i, value in enumerate(values):
+def _check_finite(values: list[float], first: int, batch: Callable[[int], dict], checkpoint: Path | None, place: Callable) -> None:
+    "Raise `AoiError` if a loss is no number, after saving the batch that it came from beside the checkpoint."
+    for step, value in enumerate(values, first):
         if not math.isfinite(value):
+            said = ""
+            if checkpoint is not None:
+                path = checkpoint.with_suffix(".batch.safetensors")
+                tensors = {name: v.cpu().contiguous() for name, v in batch(place(step)).items() if isinstance(v, Tensor)}
+                with atomic_path(path) as aside:
+                    save_file(tensors, aside)
+                said = f" The batch is in {path}."
             raise AoiError(
-                f"The loss became {value} at step {step - len(values) + i}; a finite number was expected. "
+                f"The loss became {value} at step {step}; a finite number was expected.{said} "
                 "Lower the learning rate, use precision='fp32', and check the folder for broken images."
             )
-    return values
 
 # %% ../nbs/api/07_train.ipynb #3b8557e2
 def _take_step(model, loss, batch, optimizer, accelerator, *, autocast: bool, clip: float | None) -> Tensor:
@@ -205,6 +211,18 @@ def _check_plan(budget: Budget, validate, validations: int, patience: int | None
             f"{validations - 1}. Lower it, or validate more often."
         )
 
+# %% ../nbs/api/07_train.ipynb #ba633faf
+def _accelerator(report_to: str | Sequence | None, checkpoint: str | Path | None) -> Accelerator:
+    "The processes, the device and the trackers; trackers that write files write them beside the checkpoint."
+    if not report_to:
+        return Accelerator()
+    logs = str(Path(checkpoint).with_suffix(".logs")) if checkpoint else "aoi_ssl.logs"
+    try:
+        return Accelerator(log_with=report_to, project_config=ProjectConfiguration(project_dir=logs, logging_dir=logs))
+    except ValueError as e:
+        raise AoiError(f"report_to is {report_to!r}; the name of a tracker that accelerate knows was expected, such as "
+                       f"'tensorboard' or 'wandb' ({e}).") from e  # fmt: skip
+
 # %% ../nbs/api/07_train.ipynb #1ed2d639
 def fit(
     model: nn.Module,  # trained in place; the best weights are restored at the end if `validate` is given
@@ -225,6 +243,8 @@ def fit(
     after_step: Callable[[float], dict | None] | None = None,  # share of the budget spent -> figures for the history
     save_every: float = 60.0,  # seconds between checkpoints
     settings: dict | None = None,  # of the run, plain values; resuming with others is refused
+    images: int | None = None,  # images in a step, of all processes; their number a second is shown
+    report_to: str | Sequence | None = None,  # trackers of accelerate, by name ("tensorboard", "wandb" ...) or as objects
     progress: bool = True,  # show a bar
     label: str = "training",  # beside the bar
 ) -> pd.DataFrame:  # a row a step: step, seconds, lr, loss, validation_* where there was one, figures of after_step
@@ -234,7 +254,7 @@ def fit(
     `KeyboardInterrupt` on Ctrl-C, after the step is finished and the checkpoint is saved."""
     budget = parse_budget(budget)
     _check_plan(budget, validate, validations, patience, precision)
-    accelerator = Accelerator()
+    accelerator = _accelerator(report_to, checkpoint)
     own = {"budget": str(budget), "seed": seed, "warmup": warmup, "processes": accelerator.num_processes}
     run = _Run(own | (settings or {}))
     for group in optimizer.param_groups:
@@ -244,33 +264,35 @@ def fit(
     prepared, optimizer = accelerator.prepare(model, optimizer)
     cuda_bf16 = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported()
     autocast = precision == "bf16" or (precision == "auto" and cuda_bf16)
-    loop = _Loop(run, model, prepared, optimizer, accelerator, budget, Path(checkpoint) if checkpoint else None)
+    if report_to:
+        accelerator.init_trackers("aoi_ssl", config={k: str(v) for k, v in run.settings.items()})
+    loop = _Loop(run, model, prepared, optimizer, accelerator, budget, Path(checkpoint) if checkpoint else None, batch, images)
     bar = tqdm(total=100, desc=label, unit="%", disable=not (progress and accelerator.is_main_process), leave=False,
                bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}")
     with _interrupt_flag() as pressed, bar:
         while not loop.done(patience):
             loop.rate(warmup)
-            index = run.step * accelerator.num_processes + accelerator.process_index
+            index = loop.place(run.step)
             torch.manual_seed(step_seed(seed, index))
             data = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch(index).items()}
-            loop.note(_take_step(prepared, loss, data, optimizer, accelerator, autocast=autocast, clip=clip))
-            if after_step is not None:
-                run.history[-1].update(after_step(loop.spent) or {})
-            loop.judge(validate, validations)
-            loop.keep(save_every, interrupted=bool(pressed))
+            loop.note(_take_step(prepared, loss, data, optimizer, accelerator, autocast=autocast, clip=clip), bool(pressed))
+            loop.judge(validate, validations, after_step)
+            loop.keep(save_every)
             bar.n = round(100 * loop.spent, 1)
             bar.set_postfix_str(loop.summary(), refresh=False)
             bar.update(0)
+    if report_to:
+        accelerator.end_training()
     return loop.finish(restore=validate is not None)
 
 # %% ../nbs/api/07_train.ipynb #ccb6941d
 class _Loop:
     "The bookkeeping of `fit`."
 
-    def __init__(self, run, model, prepared, optimizer, accelerator, budget, checkpoint):
+    def __init__(self, run, model, prepared, optimizer, accelerator, budget, checkpoint, batch, images):
         self.run, self.model, self.prepared, self.optimizer = run, model, prepared, optimizer
-        self.accelerator, self.budget, self.checkpoint = accelerator, budget, checkpoint
-        self.start, self.saved, self.losses = time.monotonic() - run.elapsed, time.monotonic(), []
+        self.accelerator, self.budget, self.checkpoint, self.batch, self.images = accelerator, budget, checkpoint, batch, images
+        self.start, self.saved, self.losses, self.interrupted = time.monotonic() - run.elapsed, run.elapsed, [], False
         self.spent = budget.progress(run.step, run.elapsed)
         prepared.train()
 
@@ -285,34 +307,45 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-    def note(self, loss: Tensor) -> None:
+    def place(self, step: int) -> int:
+        "The number of this process's batch in a step."
+        return step * self.accelerator.num_processes + self.accelerator.process_index
+
+    def note(self, loss: Tensor, interrupted: bool) -> None:
         "Count the step and the time."
         run = self.run
         self.losses.append(loss)
         rate = self.optimizer.param_groups[-1]["lr"]
         run.history.append({"step": run.step, "seconds": 0.0, "lr": rate, "loss": math.nan})
         run.step += 1
-        self.tick()
+        self.tick(interrupted)
         if len(self.losses) == 10:
             self.flush()
 
-    def tick(self) -> None:
-        "Read the main process's clock."
-        clock = [time.monotonic() - self.start]
+    def tick(self, interrupted: bool = False) -> None:
+        "Read the main process's clock, and whether somebody pressed Ctrl-C there: all processes must decide alike."
+        told = [time.monotonic() - self.start, interrupted]
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(clock)
-        self.run.elapsed = self.run.history[-1]["seconds"] = clock[0]
-        self.spent = self.budget.progress(self.run.step, clock[0])
+            broadcast_object_list(told)
+        self.run.elapsed = self.run.history[-1]["seconds"] = told[0]
+        self.spent, self.interrupted = self.budget.progress(self.run.step, told[0]), self.interrupted or told[1]
 
     def flush(self) -> None:
-        "Move the losses of the last steps into the history."
-        values, self.losses = _finite(self.losses, self.run.step), []
-        for row, value in zip(self.run.history[len(self.run.history) - len(values):], values, strict=True):
+        "Move the losses of the last steps, averaged over the processes, into the history."
+        if not self.losses:
+            return
+        means = self.accelerator.reduce(torch.stack(self.losses).float(), "mean").cpu().tolist()
+        rows, self.losses = self.run.history[-len(means):], []
+        _check_finite(means, rows[0]["step"], self.batch, self.checkpoint, self.place)
+        for row, value in zip(rows, means, strict=True):
             row["loss"] = value
+        self.accelerator.log({k: v for k, v in rows[-1].items() if k != "step"}, step=rows[-1]["step"])
 
-    def judge(self, validate, validations: int) -> None:
-        "Validate when the next share of the budget is spent, and at its end."
+    def judge(self, validate, validations: int, after_step) -> None:
+        "Let others follow the step; validate when the next share of the budget is spent, and at its end."
         run = self.run
+        if after_step is not None:
+            run.history[-1].update(after_step(self.spent) or {})
         if validate is None or self.spent < min(1.0, (run.validated + 1) / validations):
             return
         self.prepared.eval()
@@ -322,14 +355,14 @@ class _Loop:
         run.validated = max(run.validated, int(self.spent * validations))
         self.tick()
 
-    def keep(self, save_every: float, *, interrupted: bool) -> None:
+    def keep(self, save_every: float) -> None:
         "Save now and then, and before a Ctrl-C is passed on."
-        if interrupted or self.spent >= 1.0 or time.monotonic() - self.saved > save_every:
+        if self.interrupted or self.spent >= 1.0 or self.run.elapsed - self.saved > save_every:
             self.flush()
-            self.saved = time.monotonic()
+            self.saved = self.run.elapsed
             if self.checkpoint and self.accelerator.is_main_process:
                 self.run.save(self.checkpoint, self.model, self.optimizer)
-        if interrupted:
+        if self.interrupted:
             where = f"saved to {self.checkpoint}; go on with resume=True" if self.checkpoint else "nothing was saved"
             raise KeyboardInterrupt(f"stopped after step {self.run.step}; {where}")
 
@@ -338,7 +371,8 @@ class _Loop:
         known = [row["loss"] for row in self.run.history[-40:] if not math.isnan(row["loss"])]
         loss = f", loss {sum(known) / len(known):.4f}" if known else ""
         best = f", best score {self.run.best_score:.3f}" if self.run.validated else ""
-        return f" step {self.run.step}{loss}{best}"
+        speed = f", {self.images * self.run.step / max(self.run.elapsed, 1e-9):.0f} images/s" if self.images else ""
+        return f" step {self.run.step}{loss}{best}{speed}"
 
     def finish(self, *, restore: bool) -> pd.DataFrame:
         "The history; the model gets its best weights back."

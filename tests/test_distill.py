@@ -12,6 +12,7 @@ import torch
 
 from aoi_ssl.augment import Augment
 from aoi_ssl.core import AoiError, step_seed
+from aoi_ssl.crops import store_images
 from aoi_ssl.data import channel_stats, load_folder
 from aoi_ssl.distill import (
     Branch,
@@ -29,6 +30,7 @@ from aoi_ssl.distill import (
     effective_rank,
     feature_std,
     follow,
+    hidden_places,
     is_collapsed,
     keep_one_light,
     new_distillation,
@@ -66,10 +68,19 @@ def model():
     return new_distillation(new_vit(mae_config("nano", image_size=64)), objective="ibot", prototypes=16, hidden=32, bottleneck=8)
 
 
-def batches(crops=4, size=64, objective="ibot", **options):
-    "Batches of noise."
-    return view_batches(lambda index: torch.rand(crops, 2, size, size, generator=seeded(index)), default_views(size, 16),
-                        ViTEncoder("nano", image_size=size), masks=objective == "ibot", **options)
+class Noise:
+    "A store of crops that show nothing."
+
+    seed = 0
+
+    def batch(self, step, count, *, size, part=slice(None)):
+        return torch.rand(count, 2, size, size, generator=seeded(step))[part]
+
+
+def batches(**options):
+    "Batches of noise, with masks."
+    options = {"size": 64, "batch_size": 4, "masks": True} | options
+    return view_batches(Noise(), default_views(64, 16), ViTEncoder("nano", image_size=64), **options)
 
 
 # --- losses ---
@@ -199,8 +210,17 @@ def test_a_batch_is_the_same_for_the_same_index_and_no_view_is_another():
     for name in ("global", "local", "mask", "places", "weights"):
         assert torch.equal(a[name], b[name])
     assert not torch.equal(a["global"], c["global"])
+    assert a["crops"] == 4
     views = a["local"].flatten(1)
     assert (torch.cdist(views, views) + 1e3 * torch.eye(24) > 0.1).all()
+
+
+def test_two_processes_see_what_one_would_have_seen():
+    whole = batches(augment=Augment())(1)
+    parts = [batches(augment=Augment(), batch_size=2, processes=2)(index) for index in (2, 3)]
+    for name, count in ("global", 2), ("local", 6), ("mask", 2):
+        both = torch.cat([part[name].unflatten(0, (count, 2)) for part in parts], dim=1).flatten(0, 1)
+        assert torch.allclose(both.float(), whole[name].float(), atol=1e-6), name
 
 
 def test_views_of_one_light():
@@ -247,19 +267,19 @@ def test_masks_lie_in_blocks():
 
 
 def test_half_of_the_views_are_masked_by_10_to_50_percent():
-    found = draw_masks(40, 14, seeded())
-    share = found["mask"].float().mean(1)
+    mask = draw_masks(40, 14, seeded())
+    share, found = mask.float().mean(1), hidden_places(mask)
     hidden = share[share > 0]
     assert len(hidden) == 20 and 0.09 < hidden.min() < 0.2 and 0.4 < hidden.max() < 0.51
-    assert torch.equal(found["places"], found["mask"].flatten().nonzero().flatten())
+    assert torch.equal(found["places"], mask.flatten().nonzero().flatten()) and torch.equal(found["mask"], mask)
     per_view = torch.zeros(40).index_add(0, found["places"] // 196, found["weights"])
     assert torch.allclose(per_view, (share > 0).float())
-    assert draw_masks(1, 2, seeded())["mask"].sum() >= 1
+    assert draw_masks(1, 2, seeded()).sum() >= 1
 
 
 def test_the_patch_loss_looks_at_hidden_patches_alone(model):
-    pixels, draw = torch.randn(4, 2, 64, 64, generator=seeded()), draw_masks(4, 4, seeded())
-    mask, places = draw["mask"], draw["places"]
+    pixels, mask = torch.randn(4, 2, 64, 64, generator=seeded()), draw_masks(4, 4, seeded())
+    places = hidden_places(mask)["places"]
     _, chosen = model.student(pixels, places, mask, model.mask_token)
     tokens = vit_tokens(model.student.vit, pixels, mask, model.mask_token)[:, 1:]
     assert torch.allclose(chosen, model.student.head(tokens[mask]), atol=1e-5)
@@ -329,10 +349,10 @@ def test_a_constant_encoder_is_noticed_once(model):
 
 def stop_at(step):
     class Impatient(Augment):
-        def __call__(self, *args, seed):
-            if seed == step_seed(0, step, 3):
+        def __call__(self, *args, seed, **options):
+            if seed == step_seed(0, step, 64, 1):  # the global views
                 os.kill(os.getpid(), signal.SIGINT)
-            return super().__call__(*args, seed=seed)
+            return super().__call__(*args, seed=seed, **options)
 
     return Impatient()
 
@@ -390,15 +410,10 @@ def test_bf16_gives_nearly_the_same_losses(images):
     assert (a - b).abs().max() < 0.05 and not a.equals(b)
 
 
-def test_crops_may_come_from_anywhere(images):
-    asked = []
-
-    def source(index):
-        asked.append(index)
-        return torch.rand(4, 2, 64, 64, generator=seeded(index))
-
-    history = distill(images, **SMALL, budget="2 steps", source=source).history
-    assert sorted(asked) == [0, 0, 1] and len(history) == 2  # the first is looked at for a collapse, too
+def test_crops_that_are_decoded_already_give_the_same_run(images):
+    crops = store_images(images, cell=64)
+    a, b = (distill(images, **SMALL, budget="2 steps", crops=given) for given in (None, crops))
+    assert a.history.loss.equals(b.history.loss)
 
 
 def test_the_machinery_stays_off_the_labels(folder, monkeypatch):

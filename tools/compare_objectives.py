@@ -102,11 +102,11 @@ def baseline(name: str, *, channels: int, preset: str, crop: int, mean, std, see
 
 @contextmanager
 def snapshots(recipe: Recipe, kept: list) -> Iterator[None]:
-    "Copy the weights of the encoder at each of SHARES, without stopping the run; images are decoded once for all runs."
+    "Copy the weights of the encoder at each of SHARES, without stopping the run."
     import torch
 
     module = importlib.import_module(f"aoi_ssl.{recipe.module}")
-    original = {name: getattr(module, name) for name in ("fit", "CropSampler", "channel_stats") if hasattr(module, name)}
+    original = module.fit
 
     def watched(model, *arguments, after_step=None, **settings):
         left, network = list(SHARES), functools.reduce(getattr, recipe.part.split("."), model)
@@ -119,45 +119,13 @@ def snapshots(recipe: Recipe, kept: list) -> Iterator[None]:
                     kept.append((spent, {k: v.detach().clone() for k, v in network.state_dict().items()}))
             return figures
 
-        return original["fit"](model, *arguments, after_step=hook, **settings)
+        return original(model, *arguments, after_step=hook, **settings)
 
     module.fit = watched
-    if "CropSampler" in original:
-        module.CropSampler = shared_cache(original["CropSampler"])
-    if "channel_stats" in original:
-        module.channel_stats = statistics
     try:
         yield
     finally:
-        for name, value in original.items():
-            setattr(module, name, value)
-
-
-_CACHES: dict = {}
-
-
-@functools.cache
-def shared_cache(sampler: type) -> type:
-    "The sampler, with the decoded images of the run before."
-
-    class Shared(sampler):
-        def __init__(self, dataset, **settings):
-            super().__init__(dataset, **settings)
-            self.images = _CACHES.setdefault(id(dataset), self.images)
-
-    return Shared
-
-
-_STATISTICS: dict = {}
-
-
-def statistics(dataset, **settings):
-    "Mean and standard deviation of the lights, once for all runs."
-    from aoi_ssl.data import channel_stats
-
-    if id(dataset) not in _STATISTICS:
-        _STATISTICS[id(dataset)] = channel_stats(dataset, max_images=200)
-    return _STATISTICS[id(dataset)]
+        module.fit = original
 
 
 # judging an encoder
@@ -308,13 +276,21 @@ def summary(rows: list[dict]) -> str:
     return mean.round(3).to_string()
 
 
-def train(name: str, dataset, judge: Judge, table: Table, seed: int, args, budget: str) -> None:
+def run(name: str, learn, seed: int, args, budget: str, kept: list):
+    "Train by a recipe; its result."
+    dataset, store = learn
+    store.epoch = None  # the order of the run before is not this one's
+    common = {"encoder": args.encoder, "crop": args.crop, "batch_size": args.batch_size, "budget": budget, "crops": store,
+              "progress": False}
+    with snapshots(RECIPES[name], kept), warnings.catch_warnings():
+        warnings.simplefilter("default")
+        return RECIPES[name].train(dataset, seed=seed, common=common, **RECIPES[name].own)
+
+
+def train(name: str, learn, judge: Judge, table: Table, seed: int, args, budget: str) -> None:
     "One objective, one seed: a row for each of SHARES."
     recipe, kept = RECIPES[name], []
-    common = {"encoder": args.encoder, "crop": args.crop, "batch_size": args.batch_size, "budget": budget, "progress": False}
-    with snapshots(recipe, kept), warnings.catch_warnings():
-        warnings.simplefilter("default")
-        result = recipe.train(dataset, seed=seed, common=common, **recipe.own)
+    result = run(name, learn, seed, args, budget, kept)
     network, history = getattr(result.encoder, recipe.network), result.history
     table.drop(name, seed)
     for share, (spent, weights) in zip(SHARES, kept, strict=True):
@@ -341,7 +317,8 @@ def machine(device: str) -> str:
 
 
 def rendered(args) -> tuple:
-    "The images to learn from and those to judge on; rendered once."
+    "The images to learn from, with their store, and those to judge on; rendered once."
+    from aoi_ssl.crops import store_images
     from aoi_ssl.data import load_folder
     from aoi_ssl.synthetic import render_folder
 
@@ -352,8 +329,8 @@ def rendered(args) -> tuple:
         render_folder(learn, pretrain_devices=args.devices, new_devices=0, images=args.images, seed=11, **common)
     if not judge.exists():
         render_folder(judge, new_devices=args.validation_devices, images=3 + args.queries, seed=12, **common)
-    found = load_folder(judge)
-    return load_folder(learn)["pretrain"], next(iter(found.values()))
+    images = load_folder(learn)["pretrain"]
+    return (images, store_images(images, cell=args.crop)), next(iter(load_folder(judge).values()))
 
 
 def main() -> None:
@@ -369,8 +346,8 @@ def main() -> None:
     start = time.monotonic()
     learn, validation = rendered(args)
     table, judge = Table(args.out / "objectives.csv"), Judge(validation, labelled=3, device=device)
-    mean, std = statistics(learn)
-    print(f"{len(learn)} images to learn from, {len(validation)} to judge on; {machine(device)}; "
+    mean, std = learn[1].mean, learn[1].std
+    print(f"{len(learn[0])} images to learn from, {len(validation)} to judge on; {machine(device)}; "
           f"{time.monotonic() - start:.0f} s", flush=True)
     for name in filter(None, args.baselines.split(",")):
         for seed in range(args.seeds if name.startswith("random") else 1):
@@ -382,9 +359,7 @@ def main() -> None:
     names = [name for name in args.objectives.split(",") if name]
     if device == "cuda":  # what is compiled and loaded on first use is not part of anybody's budget
         for name in names:
-            common = {"encoder": args.encoder, "crop": args.crop, "batch_size": args.batch_size, "budget": "3 steps", "progress": False}
-            with snapshots(RECIPES[name], []):
-                judge(RECIPES[name].train(learn, seed=0, common=common, **RECIPES[name].own).encoder)
+            judge(run(name, learn, 0, args, "3 steps", []).encoder)
     for seed in range(args.seeds):
         for name in names:
             if not table.has(name, seed, len(SHARES)):
