@@ -110,7 +110,7 @@ def test_the_patch_loss_is_a_mean_over_each_view_then_over_views():
     answers = torch.eye(2)[[0, 0, 1]]
     cosines = torch.tensor([[0.1, 0.0], [0.0, 0.1], [0.0, 0.0]])  # two patches of one view, one of another
     right, wrong, even = math.log(1 + math.exp(-1)), math.log(1 + math.e), math.log(2)
-    loss = patch_loss(cosines, answers, torch.tensor([0.5, 0.5, 1.0]))
+    loss = patch_loss(cosines, answers, torch.tensor([0.25, 0.25, 0.5]))
     assert math.isclose(loss.item(), ((right + wrong) / 2 + even) / 2, rel_tol=1e-5)
 
 
@@ -123,9 +123,9 @@ def test_losses_are_float32_whatever_comes_in():
 
 
 def test_centring_follows_the_mean_and_undoes_it():
-    centre, cosines = torch.tensor([1.0, 0.0]), torch.tensor([[[3.0, 2.0]], [[1.0, 0.0]]])
-    update_centre(centre, cosines, 0.9)
-    assert torch.allclose(centre, torch.tensor([0.9 + 0.2, 0.1]))
+    centre, cosines = torch.tensor([[1.0, 0.0], [5.0, 5.0], [0.5, 0.5]]), torch.tensor([[3.0, 2.0], [1.0, 0.0], [0.0, 1.0]])
+    update_centre(centre, cosines, torch.tensor([0, 0, 2]), 0.9)
+    assert torch.allclose(centre, torch.tensor([[0.9 + 0.2, 0.1], [5.0, 5.0], [0.45, 0.55]])), "a kind that is not there stays"
     same = torch.tensor([0.7, -0.2, 0.1]).expand(6, 3)
     assert torch.allclose(sharpen(same, same[0], 0.04), torch.full((6, 3), 1 / 3))
     sharp, soft = (sharpen(torch.tensor([0.3, 0.1]), torch.zeros(2), t)[0].item() for t in (0.04, 0.07))
@@ -168,6 +168,19 @@ def test_the_teacher_never_gets_gradients(model):
     model.progress = 0.5
     model(batches()(0)).backward()
     assert model.student.head.prototypes.grad.abs().max() > 0
+
+
+def test_views_of_one_light_have_a_centre_each():
+    model = new_distillation(new_vit(mae_config("nano", image_size=64)), objective="ibot", prototypes=16, hidden=32, bottleneck=8,
+                             kinds=2)
+    batch = batches(lights="dropped")(0)
+    model(batch)
+    with torch.no_grad():
+        whole, patches = model.teacher(batch["global"], batch["places"])
+        second = batch["places"] // 16 >= 4
+    assert torch.allclose(model.centre, 0.1 * whole.view(2, 4, 16).mean(1), atol=1e-6)
+    for kind, chosen in enumerate((~second, second)):
+        assert torch.allclose(model.patch_centre[kind], 0.1 * patches[chosen].mean(0), atol=1e-6)
 
 
 def test_the_state_of_the_module_is_the_whole_state(model):
@@ -221,6 +234,7 @@ def test_two_processes_see_what_one_would_have_seen():
     for name, count in ("global", 2), ("local", 6), ("mask", 2):
         both = torch.cat([part[name].unflatten(0, (count, 2)) for part in parts], dim=1).flatten(0, 1)
         assert torch.allclose(both.float(), whole[name].float(), atol=1e-6), name
+    assert sum(part["weights"].sum() for part in parts) / 2 == pytest.approx(whole["weights"].sum().item())
 
 
 def test_views_of_one_light():
@@ -273,7 +287,8 @@ def test_half_of_the_views_are_masked_by_10_to_50_percent():
     assert len(hidden) == 20 and 0.09 < hidden.min() < 0.2 and 0.4 < hidden.max() < 0.51
     assert torch.equal(found["places"], mask.flatten().nonzero().flatten()) and torch.equal(found["mask"], mask)
     per_view = torch.zeros(40).index_add(0, found["places"] // 196, found["weights"])
-    assert torch.allclose(per_view, (share > 0).float())
+    assert torch.allclose(per_view, (share > 0) / 20)
+    assert torch.allclose(hidden_places(mask[:10], 10.0)["weights"].sum(), (share[:10] > 0).sum() / 10)
     assert draw_masks(1, 2, seeded()).sum() >= 1
 
 
