@@ -122,7 +122,7 @@ def block_masks(
     order = first * patches + torch.where(first == blocks, torch.rand(images, patches, generator=draw) * patches, rows * side + columns)
     return order.argsort(dim=1).argsort(dim=1) < counts[:, None]
 
-# %% ../nbs/api/10_distill.ipynb #21fc2661
+# %% ../nbs/api/10_distill.ipynb #803dd4b8
 def draw_masks(
     views: int,  # global views in the batch
     side: int,  # patches per side of a view
@@ -136,7 +136,7 @@ def draw_masks(
     chosen = torch.randperm(views, generator=draw) < max(1, round(masked * views))
     return block_masks(torch.where(chosen, (share * side * side).round().long().clamp(min=1), 0), side, draw)
 
-# %% ../nbs/api/10_distill.ipynb #3401ce0c
+# %% ../nbs/api/10_distill.ipynb #5217f965
 def hidden_places(
     mask: Tensor,  # (views, N) bool, on the CPU
     views: float | None = None,  # that hide any, on average over the processes; None: those of the mask
@@ -241,7 +241,7 @@ def follow(
 # %% ../nbs/api/10_distill.ipynb #ae4c70f7
 def sharpen(
     cosines: Tensor,  # (..., K) of the teacher
-    centre: Tensor,  # their running mean, of a shape that broadcasts
+    centre: Tensor,  # (K,) their running mean
     temperature: float,  # low: 0.04 to 0.07
 ) -> Tensor:  # (..., K) float32, of sum 1
     "The teacher's answer: centred, then sharpened."
@@ -250,18 +250,15 @@ def sharpen(
 
 @torch.no_grad()
 def update_centre(
-    centre: Tensor,  # (kinds, K), changed in place
-    cosines: Tensor,  # (M, K) of the teacher
-    kinds: Tensor,  # (M,) int64, which of the centres each belongs to
+    centre: Tensor,  # (K,), changed in place
+    cosines: Tensor,  # (M, K) of the teacher; M may differ from process to process
     momentum: float = 0.9,  # of the running mean
 ) -> None:
-    "centre = momentum * centre + (1 - momentum) * mean, of each kind over all processes; a kind that is not there stays."
-    ones = torch.ones_like(cosines[:, :1], dtype=torch.float32)
-    found = centre.new_zeros(len(centre), cosines.shape[1] + 1).index_add_(0, kinds, torch.cat([cosines.float(), ones], dim=1))
+    "centre = momentum * centre + (1 - momentum) * mean, over all processes."
+    found = torch.cat([cosines.float().sum(0), centre.new_tensor([len(cosines)])])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(found)
-    mean = found[:, :-1] / found[:, -1:].clamp(min=1)
-    centre.lerp_(torch.where(found[:, -1:] > 0, mean, centre), 1 - momentum)
+    centre.lerp_(found[:-1] / found[-1], 1 - momentum)
 
 # %% ../nbs/api/10_distill.ipynb #fc4717f8
 def teacher_temperature(
@@ -308,7 +305,6 @@ class Distillation(nn.Module):
         momentum: float = 0.95,  # of the teacher, at the start
         temperature: tuple[float, float] = (0.04, 0.04),  # of the teacher, at the start and after 30 % of the budget
         freeze: float = 0.05,  # share of the budget for which the prototypes stay
-        kinds: int = 1,  # of global views, taken in turn; each has its own centre
         seed: int = 0,  # of the mask token
     ):
         super().__init__()
@@ -316,7 +312,7 @@ class Distillation(nn.Module):
         self.objective, self.momentum, self.freeze, self.progress = objective, momentum, freeze, 0.0
         self.temperatures = temperature
         self.mask_token = None
-        self.register_buffer("centre", torch.zeros(kinds, len(student.head.prototypes)))
+        self.register_buffer("centre", torch.zeros(len(student.head.prototypes)))
         if objective == "ibot":
             self.register_buffer("patch_centre", torch.zeros_like(self.centre))
             draw = torch.Generator().manual_seed(seed)
@@ -349,23 +345,20 @@ def _distillation_loss(model: Distillation, batch: dict[str, Tensor]) -> Tensor:
     "See `Distillation.forward`."
     temperature, frozen = model.temperature, model.progress < model.freeze
     views, places, crops = batch["global"], batch.get("places"), batch["crops"]
-    kinds = torch.arange(len(views), device=views.device) // crops % len(model.centre)
     with torch.no_grad():
         whole, patches = model.teacher(views, places)
-        answer = sharpen(whole, model.centre[kinds], temperature).unflatten(0, (-1, crops))
+        answer = sharpen(whole, model.centre, temperature).unflatten(0, (-1, crops))
     seen, seen_patches = model.student(views, places, batch.get("mask"), model.mask_token, frozen)
     if "local" in batch:
         seen = torch.cat([seen, model.student(batch["local"], frozen=frozen)[0]])
     loss = dino_loss(seen.unflatten(0, (-1, crops)), answer)
     if places is not None:
-        of_patch = kinds[places // batch["mask"].shape[1]]
-        answer = sharpen(patches, model.patch_centre[of_patch], temperature)
-        loss = loss + patch_loss(seen_patches, answer, batch["weights"])
-        update_centre(model.patch_centre, patches, of_patch)
-    update_centre(model.centre, whole, kinds)
+        loss = loss + patch_loss(seen_patches, sharpen(patches, model.patch_centre, temperature), batch["weights"])
+        update_centre(model.patch_centre, patches)
+    update_centre(model.centre, whole)
     return loss
 
-# %% ../nbs/api/10_distill.ipynb #9706b88c
+# %% ../nbs/api/10_distill.ipynb #57bb156c
 def view_batches(
     crops: CropStore,  # where crops come from: anything with a seed and the same `batch`
     views: Views,  # how they are cut
@@ -450,7 +443,7 @@ def is_collapsed(
 
 # %% ../nbs/api/10_distill.ipynb #a8b55d13
 def _watch(model: Distillation, encoder: ViTEncoder, crops: Tensor, *, looks: int = 20) -> Callable[[float], dict | None]:
-    "After each step: move the teacher; at every twentieth of the budget look for a collapse, and warn once."
+    "After each step: move the teacher; at every twentieth of the budget look for a collapse; warn once, after a quarter of it."
     warned = []
 
     @torch.no_grad()
@@ -468,7 +461,7 @@ def _watch(model: Distillation, encoder: ViTEncoder, crops: Tensor, *, looks: in
             return None
         figures = look()
         figures["collapsed"] = float(is_collapsed(figures))
-        if figures["collapsed"] and progress >= 0.1 and not warned:
+        if figures["collapsed"] and progress >= 0.25 and not warned:
             warned.append(progress)
             shown = ", ".join(f"{name} {value:.3g}" for name, value in figures.items() if name != "collapsed")
             warnings.warn(f"{model.objective} is collapsing after {progress:.0%} of the budget: {shown}. Lower the learning "
@@ -498,7 +491,7 @@ class Distilled:
             self.encoder.write_manifest(aside)
             self.history.to_csv(aside / "distillation.csv", index=False)
 
-# %% ../nbs/api/10_distill.ipynb #0781ad95
+# %% ../nbs/api/10_distill.ipynb #a455bb6a
 def _check_views(views: Views, patch_size: int, objective: str, pool: str, lights: str, channels: int) -> None:
     "Raise `AoiError` for options that do not exist or do not fit."
     for name in ("global_size", "local_size"):
@@ -525,7 +518,7 @@ def new_distillation(
     hidden: int = 1024,  # width of the head
     bottleneck: int = 256,  # length of what is compared
     seed: int = 0,  # one seed, one head
-    **options,  # momentum, temperature, freeze and kinds of `Distillation`
+    **options,  # momentum, temperature and freeze of `Distillation`
 ) -> Distillation:  # ready to train
     "Put a head on a ViT and a teacher beside it; the random state of the caller stays as it was."
     with torch.random.fork_rng(devices=[]):
@@ -576,8 +569,7 @@ def distill(
     decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
     crops = _open_crops(dataset, crops, decoded, crop, seed, process, progress and process.is_main_process)
     model = new_distillation(new_vit(config, seed=seed), objective=objective, pool=pool, prototypes=prototypes,
-                             momentum=momentum, temperature=temperature, kinds=channels if lights != "both" else 1,
-                             seed=seed).to(process.device)
+                             momentum=momentum, temperature=temperature, seed=seed).to(process.device)
     inner = ViTEncoder(model.teacher.vit, mean=crops.mean, std=crops.std).to(process.device)
     change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
     batches = view_batches(crops, views, inner, size=crop, batch_size=batch_size, processes=process.num_processes,

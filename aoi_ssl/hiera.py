@@ -6,7 +6,7 @@
 __all__ = ['HIERA_PRESETS', 'unrolled_order', 'hiera_config', 'new_hiera', 'fix_positions', 'stage_outputs', 'HieraEncoder',
            'PretrainedHiera', 'pretrain_hiera']
 
-# %% ../nbs/api/10_hiera.ipynb #ec38eb80
+# %% ../nbs/api/10_hiera.ipynb #075b3fe9
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,10 +26,10 @@ from .encoder import Encoder, quiet, sincos_positions
 from .pretrain import _batches, _check_run, _open_crops, decay_groups, default_crop
 from .train import Budget, checkpoint_beside, fit, parse_budget
 
-# %% ../nbs/api/10_hiera.ipynb #48082254
+# %% ../nbs/api/10_hiera.ipynb #fdd0106d
 from transformers import HieraConfig, HieraForPreTraining, HieraModel
 
-# %% ../nbs/api/10_hiera.ipynb #4f8b581f
+# %% ../nbs/api/10_hiera.ipynb #994d766a
 def unrolled_order(
     rows: int,  # tokens, a multiple of 2 ** levels
     columns: int,  # tokens, likewise
@@ -41,9 +41,9 @@ def unrolled_order(
         grid = grid.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 2, 4, 1, 3).flatten(0, 2)
     return grid.flatten()
 
-# %% ../nbs/api/10_hiera.ipynb #3a5ae2ff
+# %% ../nbs/api/10_hiera.ipynb #5bd60179
 HIERA_PRESETS = {
-    "hiera-nano": {"embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4]},
+    "hiera-nano": {"embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 4]},
     "hiera-tiny": {"embed_dim": 48, "depths": [1, 2, 4], "num_heads": [1, 2, 4]},
     "hiera-small": {"embed_dim": 96, "depths": [1, 2, 4], "num_heads": [1, 2, 4]},
 }
@@ -71,7 +71,7 @@ def hiera_config(
         decoder_hidden_size=128, decoder_depth=2, decoder_num_heads=4,
     )
 
-# %% ../nbs/api/10_hiera.ipynb #c5ea1299
+# %% ../nbs/api/10_hiera.ipynb #d7049138
 def new_hiera(
     config: HieraConfig,  # see hiera_config
     *,
@@ -99,7 +99,7 @@ def fix_positions(
         table.requires_grad_(False)
         table.copy_(sincos_positions(side, table.shape[2])[:, 1:])
 
-# %% ../nbs/api/10_hiera.ipynb #74361a5a
+# %% ../nbs/api/10_hiera.ipynb #3d4d0d76
 def stage_outputs(
     hiera: HieraModel,  # its positions are interpolated to the image
     pixels: Tensor,  # (B, C, H, W), normalised, sides a multiple of 16
@@ -117,7 +117,7 @@ def stage_outputs(
         found.append(F.layer_norm(tokens[:, spatial].unflatten(1, (rows, columns)), tokens.shape[-1:]))
     return found
 
-# %% ../nbs/api/10_hiera.ipynb #3b6fc9e5
+# %% ../nbs/api/10_hiera.ipynb #79c583bd
 class HieraEncoder(Encoder):
     "A hierarchical encoder; untrained until `pretrain_hiera` has trained it."
 
@@ -168,7 +168,7 @@ class HieraEncoder(Encoder):
         hiera.embeddings.position_embeddings.requires_grad_(False)
         return cls(hiera, mean=settings["mean"], std=settings["std"], stages=settings["stages"])
 
-# %% ../nbs/api/10_hiera.ipynb #c4b68f93
+# %% ../nbs/api/10_hiera.ipynb #7f467603
 @dataclass
 class PretrainedHiera:
     "A pre-trained encoder, the autoencoder around it, and how the training went."
@@ -190,7 +190,7 @@ class PretrainedHiera:
             self.encoder.write_manifest(aside)
             self.history.to_csv(aside / "hiera.csv", index=False)
 
-# %% ../nbs/api/10_hiera.ipynb #4a93d63c
+# %% ../nbs/api/10_hiera.ipynb #bc885244
 def pretrain_hiera(
     dataset,  # images to learn from, of data.load_folder; labels are not read
     out: str | Path | None = None,  # the folder to write; nothing is written by default
