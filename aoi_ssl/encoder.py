@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'check_images', 'pad_to', 'to_windows', 'from_windows', 'quiet', 'Encoder', 'PixelEncoder',
-           'sincos_positions', 'initialise_mae', 'freeze_positions', 'mae_config', 'new_vit', 'block_outputs',
-           'ViTEncoder', 'adapt_channels', 'feature_maps', 'BackboneEncoder']
+           'sincos_positions', 'initialise_mae', 'freeze_positions', 'mae_config', 'new_vit', 'open_vit',
+           'block_outputs', 'ViTEncoder', 'adapt_channels', 'feature_maps', 'BackboneEncoder']
 
 # %% ../nbs/api/08_encoder.ipynb #89556bdf
 import hashlib
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import AoiError, new_folder, read_json, require_transformers, write_json
+from .weights import read_packed, resolve_encoder, shipped_encoders
 
 # %% ../nbs/api/08_encoder.ipynb #6a83c63f
 require_transformers()
@@ -213,16 +214,19 @@ class Encoder(_Saved):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,  # made by save_pretrained or by pretrain
+        folder: str | Path,  # made by save_pretrained or by pretrain; or the name of an encoder that ships: "aoi-mae-small"
         *,
         channels: int | None = None,  # refuse an encoder that was made for another number of lights
     ) -> "Encoder":  # of the subclass that was saved
         "Load any encoder. Raises `AoiError` if the folder is none, is broken, or has other channels."
-        return _load_encoder(cls, Path(folder), channels)
+        return _load_encoder(cls, resolve_encoder(folder), channels)
 
 # %% ../nbs/api/08_encoder.ipynb #70da42f0
 def _load_encoder(cls: type[Encoder], folder: Path, channels: int | None) -> Encoder:
     "See `Encoder.from_pretrained`."
+    if not (folder / "encoder.json").exists():
+        raise AoiError(f"There is no encoder {folder}: no folder with an encoder.json, and none that ships. Check the path, or "
+                       f"use one of {', '.join(shipped_encoders())}.")  # fmt: skip
     settings = read_json(folder / "encoder.json")
     found = Encoder.kinds.get(settings.get("kind"))
     if found is None or not issubclass(found, cls):
@@ -354,6 +358,27 @@ def new_vit(
     initialise_mae(built, seed=seed)
     return built
 
+# %% ../nbs/api/08_encoder.ipynb #a0098479
+def open_vit(
+    folder: Path,  # with config.json and the weights, as transformers wrote them or packed
+    model: type[PreTrainedModel],  # ViTMAEModel, or ViTMAEForPreTraining
+) -> PreTrainedModel:  # float32, positions frozen
+    "Open a ViTMAE. Raises what transformers and torch raise; `AoiError` where weights are missing."
+    packed = read_packed(folder)
+    if packed is None:
+        opened, found = model.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+        missing = found["missing_keys"]
+    else:
+        opened = new_vit(ViTMAEConfig.from_pretrained(folder, local_files_only=True), model=model)
+        if model is ViTMAEModel:
+            packed = {name.removeprefix("vit."): value for name, value in packed.items() if name.startswith("vit.")}
+        positions = ("position_embeddings", "decoder_pos_embed")  # not packed: they are functions of the grid
+        missing = {n for n in opened.load_state_dict(packed, strict=False).missing_keys if not n.endswith(positions)}
+    if missing:
+        raise AoiError(f"The weights in {folder} lack {min(missing)}. Copy the folder again, whole.")
+    freeze_positions(opened)
+    return opened.eval()
+
 # %% ../nbs/api/08_encoder.ipynb #8e8550fe
 def block_outputs(
     vit: ViTMAEModel,  # its positions are interpolated to the image
@@ -418,9 +443,7 @@ class ViTEncoder(Encoder):
 
     @classmethod
     def _read(cls, folder: Path, settings: dict) -> "ViTEncoder":
-        vit = ViTMAEModel.from_pretrained(folder, local_files_only=True)
-        freeze_positions(vit)
-        return cls(vit, mean=settings["mean"], std=settings["std"], layers=settings["layers"])
+        return cls(open_vit(folder, ViTMAEModel), mean=settings["mean"], std=settings["std"], layers=settings["layers"])
 
 # %% ../nbs/api/08_encoder.ipynb #35e69135
 def adapt_channels(

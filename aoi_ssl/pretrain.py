@@ -28,16 +28,17 @@ from aoi_ssl.encoder import (
     Encoder,
     ViTEncoder,
     check_images,
-    freeze_positions,
     from_windows,
     mae_config,
     new_vit,
+    open_vit,
     pad_to,
     quiet,
     to_windows,
 )
 from .tiles import check_crops
 from .train import Budget, _check_plan, checkpoint_beside, fit, parse_budget
+from .weights import resolve_encoder, write_packed
 
 # %% ../nbs/api/09_pretrain.ipynb #090b79ff
 from transformers import ViTMAEForPreTraining
@@ -85,12 +86,12 @@ class Pretrained:
         folder: str | Path,  # a new or an empty folder
         *,
         overwrite: bool = False,  # replace a folder that is not empty
+        packed: bool = False,  # a byte a weight: a quarter of the size, for sharing; transformers cannot read it
     ) -> None:
         "Write weights, encoder.json and history.csv: whole, or not at all."
         with new_folder(folder, overwrite=overwrite) as aside:
             with quiet():
-                self.mae.save_pretrained(aside)
-            self.encoder.write_manifest(aside)
+                (_write_packed_mae if packed else _write_mae)(self, aside)
             self.history.to_csv(aside / "history.csv", index=False)
 
     def reconstruct(
@@ -102,24 +103,36 @@ class Pretrained:
         "Hide patches and draw them."
         return _reconstruct(self, images, mask_ratio, seed)
 
+# %% ../nbs/api/09_pretrain.ipynb #fded0bcb
+def _write_mae(self: Pretrained, folder: Path) -> None:
+    "A folder that transformers can read too."
+    self.mae.save_pretrained(folder)
+    self.encoder.write_manifest(folder)
+
+
+def _write_packed_mae(self: Pretrained, folder: Path) -> None:
+    "Packed weights, without the positions; encoder.json describes the weights as they will be read."
+    fixed = ("position_embeddings", "decoder_pos_embed")
+    write_packed({n: v.cpu() for n, v in self.mae.state_dict().items() if not n.endswith(fixed)}, folder)
+    self.mae.config.save_pretrained(folder)
+    vit = open_vit(folder, type(self.encoder.vit))
+    ViTEncoder(vit, mean=self.encoder.mean, std=self.encoder.std, layers=self.encoder.layers).write_manifest(folder)
+
 # %% ../nbs/api/09_pretrain.ipynb #2c81b694
 def load_pretrained(
-    folder: str | Path,  # written by `pretrain`
+    folder: str | Path,  # written by `pretrain`; or the name of an encoder that ships
 ) -> Pretrained:  # encoder, autoencoder, history
     "Load what `pretrain` wrote. Raises `AoiError` if the folder holds no whole pre-trained autoencoder."
-    folder = Path(folder)
+    folder = resolve_encoder(folder)
     encoder = Encoder.from_pretrained(folder)
     history = folder / "history.csv"
     if not isinstance(encoder, ViTEncoder) or not history.exists():
         raise AoiError(f"{folder} holds an encoder, but no autoencoder that pretrain wrote. "
                        "Open it with Encoder.from_pretrained.")
     with quiet():
-        mae, found = ViTMAEForPreTraining.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    if found["missing_keys"]:
-        raise AoiError(f"The autoencoder in {folder} lacks {min(found['missing_keys'])}. Copy the folder again, whole.")
-    freeze_positions(mae)
+        mae = open_vit(folder, ViTMAEForPreTraining)
     encoder.vit = mae.vit
-    return Pretrained(encoder, mae.eval(), pd.read_csv(history))
+    return Pretrained(encoder, mae, pd.read_csv(history))
 
 # %% ../nbs/api/09_pretrain.ipynb #89e276c6
 def visible_statistics(
@@ -292,7 +305,7 @@ def pretrain(
     resume: bool = False,  # go on with an unfinished run
     overwrite: bool = False,  # replace `out` if it is not empty
     crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
-    start_from: str | Path | None = None,  # folder of an encoder to go on from; replaces `encoder` and `patch_size`
+    start_from: str | Path | None = None,  # an encoder to go on from, a folder or "aoi-mae-small"; replaces `encoder` and `patch_size`
     precision: str = "auto",  # see train.fit
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
     progress: bool = True,  # show a bar, and what to expect
@@ -309,7 +322,7 @@ def pretrain(
     crops = _open_crops(dataset, crops, decoded, config.image_size, seed, process, progress and process.is_main_process)
     mae = new_vit(config, model=ViTMAEForPreTraining, seed=seed)
     if old is not None:
-        _continue(mae, old, Path(start_from))
+        _continue(mae, old, resolve_encoder(start_from))
     mean, std = (crops.mean, crops.std) if old is None else (old.mean, old.std)
     inner = ViTEncoder(mae.vit, mean=mean, std=std, layers=None if old is None else old.layers).to(process.device)
     change = Augment() if augment is True else augment or None

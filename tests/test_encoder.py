@@ -271,7 +271,7 @@ def test_positions_stay_frozen_after_loading(tmp_path, vit):
 
 
 def test_broken_folders_are_refused(tmp_path, vit):
-    with pytest.raises(AoiError, match="does not exist"):
+    with pytest.raises(AoiError, match="no folder with an encoder.json"):
         Encoder.from_pretrained(tmp_path / "nowhere")
     for name in "torn", "swapped", "foreign", "restated":
         vit.save_pretrained(tmp_path / name)
