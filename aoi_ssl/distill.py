@@ -32,7 +32,7 @@ from .pretrain import _check_run, _open_crops, decay_groups, default_crop
 from .train import Budget, checkpoint_beside, fit, parse_budget
 
 # %% ../nbs/api/10_distill.ipynb #c5e7f028
-from transformers import ViTMAEModel
+from transformers import ViTMAEConfig, ViTMAEModel
 
 # %% ../nbs/api/10_distill.ipynb #dc206788
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Views:
 
     def __post_init__(self):
         if self.global_views < 1 or self.local_views < 0 or self.global_views + self.local_views < 2:
-            raise AoiError(f"{self} has fewer than two views, or none for the teacher; DINO uses 2 global and 6 local ones.")
+            raise AoiError(f"{self} has fewer than two views or no global one. DINO uses 2 global and 6 local ones.")
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
-                raise AoiError(f"{name} is {(low, high)}; two rising shares in (0, 1] were expected, such as (0.4, 1.0).")
+                raise AoiError(f"{name} is {(low, high)}; two rising shares in (0, 1] were expected, as (0.4, 1.0).")
 
 # %% ../nbs/api/10_distill.ipynb #e6d45dc7
 def default_views(
@@ -110,7 +110,7 @@ def block_masks(
     *,
     blocks: int = 24,  # rectangles that fall on an image, more than enough
 ) -> Tensor:  # (B, side * side) bool, True where hidden
-    "Hide exactly `counts` patches in rectangles of 4 patches to a third of the grid, sides at most 1 : 3 (Bao et al. 2022)."
+    "Hide `counts` patches in rectangles of 4 patches to a third of the grid, sides at most 1 : 3 (Bao et al. 2022)."
     images, patches = len(counts), side * side
     area, shape, y, x = torch.rand(4, images, blocks, 1, generator=draw)
     area, shape = 4 + (patches / 3 - 4) * area, 3 ** (2 * shape - 1)
@@ -119,7 +119,8 @@ def block_masks(
     top, left = ((place * (side + size - 1)).floor() - size + 1 for place, size in ((y, high), (x, wide)))
     inside = (rows >= top) & (rows < top + high) & (columns >= left) & (columns < left + wide)
     first = torch.where(inside.any(1), inside.int().argmax(1), blocks)  # the rectangle that hides a patch
-    order = first * patches + torch.where(first == blocks, torch.rand(images, patches, generator=draw) * patches, rows * side + columns)
+    scattered = torch.rand(images, patches, generator=draw) * patches  # the order of those that none hides
+    order = first * patches + torch.where(first == blocks, scattered, rows * side + columns)
     return order.argsort(dim=1).argsort(dim=1) < counts[:, None]
 
 # %% ../nbs/api/10_distill.ipynb #803dd4b8
@@ -140,7 +141,7 @@ def draw_masks(
 def hidden_places(
     mask: Tensor,  # (views, N) bool, on the CPU
     views: float | None = None,  # that hide any, on average over the processes; None: those of the mask
-) -> dict[str, Tensor]:  # mask; places (M,) int64 in the flattened mask; weights (M,), of sum 1 / views in each that hides any
+) -> dict[str, Tensor]:  # mask; places (M,) int64 in the flattened mask; weights (M,): of sum 1 / views in each view
     "Where the hidden patches are, and what each counts in the loss."
     places = mask.flatten().nonzero().flatten()
     views = mask.any(1).sum().item() if views is None else views
@@ -370,7 +371,7 @@ def view_batches(
     augment: Augment | None = None,  # changes each view on its own
     lights: str = "both",  # "both", "dropped" or "repeated"; see `keep_one_light`
     masks: bool = False,  # hide blocks, for iBOT
-) -> Callable[[int], dict]:  # index -> global (G * B, C, S, S), local (L * B, C, s, s), crops; for iBOT also `hidden_places`
+) -> Callable[[int], dict]:  # index -> global (G * B, C, S, S), local (L * B, C, s, s), crops: B; `hidden_places`
     "A function that makes the batch of each index, always the same."
     total = batch_size * processes
 
@@ -384,7 +385,8 @@ def view_batches(
 
     def batch(index: int) -> dict:
         step, rank = divmod(index, processes)
-        images = crops.batch(step, total, size=size, part=slice(rank * batch_size, (rank + 1) * batch_size)).to(encoder.mean)
+        part = slice(rank * batch_size, (rank + 1) * batch_size)
+        images = crops.batch(step, total, size=size, part=part).to(encoder.mean)
         large, mine = cut(images, views.global_views, views.global_size, views.global_scale, step, rank)
         made = {"crops": batch_size, "global": large}
         if lights != "both":
@@ -442,9 +444,9 @@ def is_collapsed(
     return figures["feature_std"] < 0.05 or figures["effective_rank"] < 2 or figures.get("information", 1.0) < 0.01
 
 # %% ../nbs/api/10_distill.ipynb #a8b55d13
-def _watch(model: Distillation, encoder: ViTEncoder, crops: Tensor, *, looks: int = 20) -> Callable[[float], dict | None]:
-    "After each step: move the teacher; at every twentieth of the budget look for a collapse; warn once, after a quarter of it."
-    warned = []
+def _watch(model: Distillation, encoder: ViTEncoder, crops: Tensor) -> Callable[[float], dict | None]:
+    "After each step the teacher follows; at each twentieth of the budget, look; from a quarter of it on, warn once."
+    looks, warned = 20, []
 
     @torch.no_grad()
     def look() -> dict:
@@ -464,8 +466,9 @@ def _watch(model: Distillation, encoder: ViTEncoder, crops: Tensor, *, looks: in
         if figures["collapsed"] and progress >= 0.25 and not warned:
             warned.append(progress)
             shown = ", ".join(f"{name} {value:.3g}" for name, value in figures.items() if name != "collapsed")
-            warnings.warn(f"{model.objective} is collapsing after {progress:.0%} of the budget: {shown}. Lower the learning "
-                          "rate, raise the teacher's momentum, or keep the augmentations on.", stacklevel=2)
+            warnings.warn(f"{model.objective} is collapsing after {progress:.0%} of the budget: {shown}. Lower the "
+                          "learning rate or the teacher's temperature, train longer, or keep the augmentations on.",
+                          stacklevel=2)
         return figures
 
     return after_step
@@ -477,7 +480,7 @@ class Distilled:
 
     encoder: ViTEncoder  # shares its weights with the teacher
     model: Distillation
-    history: pd.DataFrame  # a row a step: step, seconds, lr, loss; at every twentieth of the budget the collapse figures
+    history: pd.DataFrame  # a row a step: step, seconds, lr, loss; at each twentieth of the budget `collapse_figures`
 
     def save(
         self,
@@ -492,21 +495,28 @@ class Distilled:
             self.history.to_csv(aside / "distillation.csv", index=False)
 
 # %% ../nbs/api/10_distill.ipynb #a455bb6a
-def _check_views(views: Views, patch_size: int, objective: str, pool: str, lights: str, channels: int) -> None:
+def _plan(dataset, encoder: str, crop: int | None, patch_size: int, views: Views | None) -> tuple:
+    "The crop's side, the views and the configuration of the ViT."
+    crop = default_crop(dataset, most=224, patch_size=patch_size) if crop is None else crop
+    config = mae_config(encoder, channels=channel_count(dataset), patch_size=patch_size, image_size=crop)
+    return crop, default_views(crop, patch_size) if views is None else views, config
+
+
+def _check_views(views: Views, config: ViTMAEConfig, **chosen: str) -> None:
     "Raise `AoiError` for options that do not exist or do not fit."
+    patch_size, channels = config.patch_size, config.num_channels
     for name in ("global_size", "local_size"):
         size = getattr(views, name)
         if size < patch_size or size % patch_size:
             raise AoiError(f"{name} is {size}; a multiple of the patch size {patch_size} was expected. "
                            f"Try {max(1, round(size / patch_size)) * patch_size}.")
-    options = {"objective": (objective, ("dino", "ibot")), "pool": (pool, ("cls", "mean")),
-               "lights": (lights, ("both", "dropped", "repeated"))}
-    for name, (value, known) in options.items():
-        if value not in known:
-            raise AoiError(f"{name} is {value!r}; one of {', '.join(known)} was expected.")
-    if lights != "both" and channels < 2:
-        raise AoiError(f"lights={lights!r} makes views of single lights, but the images have {channels} channel. "
-                       "Use lights='both'.")
+    options = {"objective": ("dino", "ibot"), "pool": ("cls", "mean"), "lights": ("both", "dropped", "repeated")}
+    for name, value in chosen.items():
+        if value not in options[name]:
+            raise AoiError(f"{name} is {value!r}; one of {', '.join(options[name])} was expected.")
+    if chosen["lights"] != "both" and channels < 2:
+        raise AoiError(f"lights={chosen['lights']!r} makes views of single lights, but the images have {channels} "
+                       "channel. Use lights='both'.")
 
 # %% ../nbs/api/10_distill.ipynb #f8f320d7
 def new_distillation(
@@ -527,6 +537,12 @@ def new_distillation(
     return Distillation(Branch(vit, head, pool=pool), objective=objective, seed=seed, **options)
 
 # %% ../nbs/api/10_distill.ipynb #d327d65b
+def _student_and_teacher(config, crops: CropStore, seed: int, objective: str, pool: str, head: dict, device) -> tuple:
+    "What is trained, and the encoder around the teacher's ViT, both on the device."
+    model = new_distillation(new_vit(config, seed=seed), objective=objective, pool=pool, seed=seed, **head).to(device)
+    return model, ViTEncoder(model.teacher.vit, mean=crops.mean, std=crops.std).to(device)
+
+
 def distill(
     dataset,  # images to learn from, of data.load_folder; labels are not read
     out: str | Path | None = None,  # the folder to write; nothing is written by default
@@ -555,36 +571,31 @@ def distill(
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
     progress: bool = True,  # show a bar
 ) -> Distilled:  # the teacher's encoder, the model, the history
-    """Train a ViT by self-distillation: DINO (Caron et al. 2021) or iBOT (Zhou et al. 2022).
+    """Train a ViT by self-distillation: DINO (Caron et al. 2021) or iBOT (Zhou et al. 2022). Warns of a collapse.
 
-    Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving. Warns of a
-    collapse."""
-    budget, channels, process = parse_budget(budget), channel_count(dataset), Accelerator()
+    Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
+    budget, process = parse_budget(budget), Accelerator()
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
-    crop = default_crop(dataset, most=224, patch_size=patch_size) if crop is None else crop
+    chosen = {"objective": objective, "pool": pool, "lights": lights}
+    head = {"prototypes": prototypes, "momentum": momentum, "temperature": list(temperature)}
+    crop, views, config = _plan(dataset, encoder, crop, patch_size, views)
     _check_run(dataset, None, crop, batch_size, budget, None, precision)
-    views = default_views(crop, patch_size) if views is None else views
-    _check_views(views, patch_size, objective, pool, lights, channels)
-    config = mae_config(encoder, channels=channels, patch_size=patch_size, image_size=crop)
+    _check_views(views, config, **chosen)
     decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
     crops = _open_crops(dataset, crops, decoded, crop, seed, process, progress and process.is_main_process)
-    model = new_distillation(new_vit(config, seed=seed), objective=objective, pool=pool, prototypes=prototypes,
-                             momentum=momentum, temperature=temperature, seed=seed).to(process.device)
-    inner = ViTEncoder(model.teacher.vit, mean=crops.mean, std=crops.std).to(process.device)
+    model, inner = _student_and_teacher(config, crops, seed, objective, pool, head, process.device)
     change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
-    batches = view_batches(crops, views, inner, size=crop, batch_size=batch_size, processes=process.num_processes,
-                           augment=change, lights=lights, masks=objective == "ibot")
+    batches = view_batches(crops, views, inner, size=crop, batch_size=batch_size, lights=lights, augment=change,
+                           processes=process.num_processes, masks=objective == "ibot")
     groups, lr = decay_groups(model, weight_decay=weight_decay), base_lr * total / 256
-    settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr, "weight_decay": weight_decay,
-                "augment": change and asdict(change), "views": str(views), "lights": lights, "objective": objective,
-                "pool": pool, "prototypes": prototypes, "momentum": momentum, "temperature": list(temperature)}
+    settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,
+                "weight_decay": weight_decay, "augment": change and asdict(change), "views": str(views)} | chosen | head
     history = fit(
         model, lambda model, batch: model(batch), batches,
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget.resolve(crops.steps_per_epoch(total)), warmup=warmup, seed=seed, precision=precision, clip=3.0,
         checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
-        after_step=_watch(model, inner, crops.batch(0, batch_size, size=crop)), label=objective,
-    )
+        after_step=_watch(model, inner, crops.batch(0, batch_size, size=crop)), label=objective)
     result = Distilled(inner.eval(), model.eval(), history)
     if out is not None and process.is_main_process:
         result.save(out, overwrite=overwrite)

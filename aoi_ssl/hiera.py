@@ -67,8 +67,8 @@ def hiera_config(
         raise AoiError(f"mask_ratio is {mask_ratio}; a share between 0 and 1 was expected. The paper uses 0.6.")
     return HieraConfig(
         **HIERA_PRESETS[preset], num_channels=channels, image_size=[image_size] * 2, mask_ratio=mask_ratio,
-        normalize_pixel_loss=norm_pix, num_query_pool=2, masked_unit_size=[4, 4], masked_unit_attention=[True, True, False],
-        decoder_hidden_size=128, decoder_depth=2, decoder_num_heads=4,
+        normalize_pixel_loss=norm_pix, num_query_pool=2, masked_unit_size=[4, 4],
+        masked_unit_attention=[True, True, False], decoder_hidden_size=128, decoder_depth=2, decoder_num_heads=4,
     )
 
 # %% ../nbs/api/10_hiera.ipynb #d7049138
@@ -131,26 +131,27 @@ class HieraEncoder(Encoder):
         image_size: int = 224,  # side of the square crops that the positions are made for
         mean: Sequence[float] | None = None,  # (C,) of the training images
         std: Sequence[float] | None = None,  # (C,)
-        stages: Sequence[int] = (2, 3),  # to join, 1 is the first: 4, 8 and 16 pixels a token; the finest gives the patch size
+        stages: Sequence[int] = (2, 3),  # to join, of 4, 8 and 16 pixels a token; the finest gives the patch size
         seed: int = 0,  # of the initial weights
     ):
         if isinstance(preset, str):
             preset = new_hiera(hiera_config(preset, channels=channels, image_size=image_size), seed=seed)
-        config, self_stages = preset.config, [int(n) for n in stages]
-        if not self_stages or self_stages != sorted(set(self_stages) & set(range(1, len(config.depths) + 1))):
-            raise AoiError(f"stages is {stages}; rising numbers from 1 to {len(config.depths)} were expected, such as (2, 3).")
-        patch_size = config.patch_stride[0] * 2 ** (self_stages[0] - 1)
+        config, count, stages = preset.config, len(preset.config.depths), [int(n) for n in stages]
+        if not stages or stages != sorted(set(stages) & set(range(1, count + 1))):
+            raise AoiError(f"stages is {stages}; rising numbers from 1 to {count} were expected, such as (2, 3).")
+        patch_size = config.patch_stride[0] * 2 ** (stages[0] - 1)
         super().__init__(channels=config.num_channels, patch_size=patch_size, mean=mean, std=std)
-        self.hiera, self.stages = preset, self_stages
-        self.dim = sum(config.embed_dim * 2 ** (n - 1) for n in self_stages)
+        self.hiera, self.stages = preset, stages
+        self.dim = sum(config.embed_dim * 2 ** (n - 1) for n in stages)
         self.multiple = config.patch_stride[0] * config.masked_unit_size[0]
         self.eval()
 
     def embed(self, pixels: Tensor) -> Tensor:
         "(B, h, w, D): the chosen stages, repeated to the finest and concatenated."
-        found = stage_outputs(self.hiera, pixels)
-        first = self.stages[0]
-        maps = [found[n - 1].repeat_interleave(2 ** (n - first), 1).repeat_interleave(2 ** (n - first), 2) for n in self.stages]
+        found, maps = stage_outputs(self.hiera, pixels), []
+        for n in self.stages:
+            times = 2 ** (n - self.stages[0])
+            maps.append(found[n - 1].repeat_interleave(times, 1).repeat_interleave(times, 2))
         return torch.cat(maps, dim=-1)
 
     def settings(self) -> dict:
@@ -219,13 +220,14 @@ def pretrain_hiera(
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
     budget, process = parse_budget(budget), Accelerator()
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
-    crop = default_crop(dataset, most=224, patch_size=16) if crop is None else crop
-    config = hiera_config(encoder, channels=channel_count(dataset), image_size=crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
+    crop, channels = crop or default_crop(dataset, most=224, patch_size=16), channel_count(dataset)
+    config = hiera_config(encoder, channels=channels, image_size=crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
     _check_run(dataset, None, crop, batch_size, budget, None, precision)
     decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
     crops = _open_crops(dataset, crops, decoded, crop, seed, process, progress and process.is_main_process)
     mae = new_hiera(config, model=HieraForPreTraining, seed=seed)
-    inner, units = (HieraEncoder(mae.hiera, mean=crops.mean, std=crops.std, stages=n).to(process.device) for n in (stages, (3,)))
+    inner, units = (HieraEncoder(mae.hiera, mean=crops.mean, std=crops.std, stages=n) for n in (stages, (3,)))
+    inner, units = inner.to(process.device), units.to(process.device)
     change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
     groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
     settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,

@@ -1,9 +1,10 @@
-"""Pre-training objectives on equal terms: the same crops, augmentations and seconds; patch retrieval and a linear probe on new devices."""
+"""Objectives on equal terms: the same crops, augmentations and seconds; judged by retrieval and a linear probe on new devices."""
 
 import argparse
 import csv
 import functools
 import importlib
+import inspect
 import os
 import time
 import warnings
@@ -43,33 +44,40 @@ def options() -> argparse.Namespace:
 # what is compared
 
 
-def _mae(dataset, *, seed, common, **own):
+def _mae(dataset, **options):
     from aoi_ssl.pretrain import pretrain
 
-    return pretrain(dataset, seed=seed, **common, **own)
+    return pretrain(dataset, **scaled(pretrain, options))
 
 
-def _distill(dataset, *, seed, common, **own):
+def _distill(dataset, **options):
     from aoi_ssl.distill import distill
 
-    return distill(dataset, seed=seed, **common, **own)
+    return distill(dataset, **scaled(distill, options))
 
 
-def _hiera(dataset, *, seed, common, **own):
+def _hiera(dataset, *, encoder, **options):
     from aoi_ssl.hiera import pretrain_hiera
 
-    return pretrain_hiera(dataset, seed=seed, **{k: v for k, v in common.items() if k != "encoder"}, **own)
+    return pretrain_hiera(dataset, encoder=f"hiera-{encoder}", **scaled(pretrain_hiera, options))
+
+
+def scaled(train: Callable, options: dict) -> dict:
+    "The rate that each objective has by default at a batch of 32, times the root of the batch over 32."
+    base = inspect.signature(train).parameters["base_lr"].default
+    return {"base_lr": base * (32 / options["batch_size"]) ** 0.5} | options
 
 
 @dataclass(frozen=True)
 class Recipe:
     "How an encoder is trained, and where the part of the model is that becomes the encoder."
 
-    train: Callable  # (dataset, seed, common, **own) -> result with encoder and history
+    train: Callable  # (dataset, **options) -> result with encoder and history
     own: dict  # options beside those that all share
     module: str  # of aoi_ssl, whose `fit` is watched
     part: str  # attribute path from the trained model to the encoder's network
     network: str = "vit"  # attribute of the encoder that holds the network
+    also: dict | None = None  # rows of the same weights, read in another way: name -> options of the encoder
 
 
 RECIPES = {
@@ -82,7 +90,9 @@ RECIPES = {
     "ibot-dropped": Recipe(_distill, {"objective": "ibot", "lights": "dropped"}, "distill", "teacher.vit"),
     "dino-mean": Recipe(_distill, {"objective": "dino", "pool": "mean"}, "distill", "teacher.vit"),
     "ibot-mean": Recipe(_distill, {"objective": "ibot", "pool": "mean"}, "distill", "teacher.vit"),
-    "hiera": Recipe(_hiera, {}, "hiera", "hiera", "hiera"),
+    "hiera": Recipe(
+        _hiera, {}, "hiera", "hiera", "hiera", {"hiera-stage3": {"stages": (3,)}, "hiera-stage2": {"stages": (2,)}}
+    ),
 }
 BASELINES = ("pixels", "pixels-p8", "random", "random-p8")
 
@@ -165,7 +175,9 @@ class Judge:
         with torch.no_grad():
             figures = {"retrieval": self.retrieve(encoder), "probe": self.probe(grid, encoder.patch_size)}
             collapse = collapse_figures(grid.flatten(1, 2))
-        flat = {f"{name}_{c}": round(v, 4) for name, iou in figures.items() for c, v in zip(self.classes, iou, strict=True)}
+        flat = {
+            f"{name}_{c}": round(v, 4) for name, iou in figures.items() for c, v in zip(self.classes, iou, strict=True)
+        }
         means = {name: round(sum(iou) / len(iou), 4) for name, iou in figures.items()}
         return means | flat | {k: round(v, 4) for k, v in collapse.items()} | {"encode_ms": round(cost, 3)}
 
@@ -185,13 +197,15 @@ class Judge:
         return (counts[:, 0] / counts.sum(1).clamp(min=1)).tolist()
 
     def probe(self, grid, patch_size: int) -> list[float]:
-        """IoU of each class: ridge regression from embeddings to the share of the patch that a class covers, cut at a threshold.
+        """IoU of each class: ridge regression from embeddings to the share of the patch that a class covers, then cut.
 
         Strength and thresholds come from the last labelled picture of each device, predicted from the others."""
         import torch
         from torch.nn import functional as F
 
-        share = F.avg_pool2d(self.masks.float(), patch_size, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
+        share = F.avg_pool2d(self.masks.float(), patch_size, ceil_mode=True, count_include_pad=False).permute(
+            0, 2, 3, 1
+        )
         fit, check = self.place < self.labelled - 1, self.place == self.labelled - 1
         rated = []
         for strength in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
@@ -268,7 +282,16 @@ def summary(rows: list[dict]) -> str:
     names = [n for n in frame if n not in ("objective", "machine", "budget")]
     frame[names] = frame[names].apply(pd.to_numeric, errors="coerce")
     last = frame[frame["share"].isin([0, 1])].groupby("objective", sort=False)
-    shown = ["retrieval", "probe", "steps", "images_per_second", "effective_rank", "feature_std", "information", "encode_ms"]
+    shown = [
+        "retrieval",
+        "probe",
+        "steps",
+        "images_per_second",
+        "effective_rank",
+        "feature_std",
+        "information",
+        "encode_ms",
+    ]
     shown = [name for name in shown if name in frame]
     mean, std = last[shown].mean(), last[shown].std()
     for name in ("retrieval", "probe"):
@@ -280,11 +303,17 @@ def run(name: str, learn, seed: int, args, budget: str, kept: list):
     "Train by a recipe; its result."
     dataset, store = learn
     store.epoch = None  # the order of the run before is not this one's
-    common = {"encoder": args.encoder, "crop": args.crop, "batch_size": args.batch_size, "budget": budget, "crops": store,
-              "progress": False}
+    common = {
+        "encoder": args.encoder,
+        "crop": args.crop,
+        "batch_size": args.batch_size,
+        "budget": budget,
+        "crops": store,
+        "progress": False,
+    }
     with snapshots(RECIPES[name], kept), warnings.catch_warnings():
         warnings.simplefilter("default")
-        return RECIPES[name].train(dataset, seed=seed, common=common, **RECIPES[name].own)
+        return RECIPES[name].train(dataset, seed=seed, **common, **RECIPES[name].own)
 
 
 def train(name: str, learn, judge: Judge, table: Table, seed: int, args, budget: str) -> None:
@@ -292,21 +321,39 @@ def train(name: str, learn, judge: Judge, table: Table, seed: int, args, budget:
     recipe, kept = RECIPES[name], []
     result = run(name, learn, seed, args, budget, kept)
     network, history = getattr(result.encoder, recipe.network), result.history
-    table.drop(name, seed)
+    encoders = {name: result.encoder}
+    for other, reading in (recipe.also or {}).items():
+        encoders[other] = type(result.encoder)(network, mean=result.encoder.mean, std=result.encoder.std, **reading)
+    for each in encoders:
+        table.drop(each, seed)
     for share, (spent, weights) in zip(SHARES, kept, strict=True):
         network.load_state_dict(weights)
-        part = history[: max(1, round(share * len(history)))] if args.steps else history[history.seconds <= spent * args.seconds]
+        part = (
+            history[: max(1, round(share * len(history)))]
+            if args.steps
+            else history[history.seconds <= spent * args.seconds]
+        )
         part = part if len(part) else history[:1]
-        row = {"objective": name, "seed": seed, "share": share, "seconds": round(part.seconds.iloc[-1], 2), "steps": len(part),
-               "images_per_second": round(len(part) * args.batch_size / part.seconds.iloc[-1], 1),
-               "loss": round(part.loss.tail(20).mean(), 5)} | judge(result.encoder)
-        for figure in ("teacher_entropy", "information"):
-            if figure in part and part[figure].notna().any():
-                row[figure] = round(part[figure].dropna().iloc[-1], 4)
-        row["parameters"] = sum(p.numel() for p in network.parameters())
-        table.add(row | {"budget": budget, "machine": machine(judge.device)})
-        print("  ".join(f"{k} {row[k]}" for k in ("objective", "seed", "share", "steps", "loss", "retrieval", "probe", "effective_rank",
-                                                   "feature_std")), flush=True)
+        shared = {
+            "seconds": round(part.seconds.iloc[-1], 2),
+            "steps": len(part),
+            "images_per_second": round(len(part) * args.batch_size / part.seconds.iloc[-1], 1),
+            "loss": round(part.loss.tail(20).mean(), 5),
+        }
+        watched = {f: part[f].dropna() for f in ("teacher_entropy", "information") if f in part}
+        shared |= {f: round(values.iloc[-1], 4) for f, values in watched.items() if len(values)}
+        for each, encoder in encoders.items():
+            row = {"objective": each, "seed": seed, "share": share} | shared | judge(encoder)
+            row |= {
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "budget": budget,
+                "machine": machine(judge.device),
+            }
+            table.add(row)
+            print("  ".join(f"{k} {row[k]}" for k in SHOWN), flush=True)
+
+
+SHOWN = ("objective", "seed", "share", "steps", "loss", "retrieval", "probe", "effective_rank", "feature_std")
 
 
 def machine(device: str) -> str:
@@ -323,7 +370,10 @@ def rendered(args) -> tuple:
     from aoi_ssl.synthetic import render_folder
 
     name = f"{args.devices}x{args.images}-{args.size}-{args.drift}"
-    learn, judge = args.out / f"learn-{name}", args.out / f"judge-{args.validation_devices}x{args.queries}-{args.size}-{args.drift}"
+    learn, judge = (
+        args.out / f"learn-{name}",
+        args.out / f"judge-{args.validation_devices}x{args.queries}-{args.size}-{args.drift}",
+    )
     common = {"size": args.size, "drift": args.drift, "workers": args.workers, "devices": 0, "progress": False}
     if not learn.exists():
         render_folder(learn, pretrain_devices=args.devices, new_devices=0, images=args.images, seed=11, **common)
@@ -347,14 +397,28 @@ def main() -> None:
     learn, validation = rendered(args)
     table, judge = Table(args.out / "objectives.csv"), Judge(validation, labelled=3, device=device)
     mean, std = learn[1].mean, learn[1].std
-    print(f"{len(learn[0])} images to learn from, {len(validation)} to judge on; {machine(device)}; "
-          f"{time.monotonic() - start:.0f} s", flush=True)
+    print(
+        f"{len(learn[0])} images to learn from, {len(validation)} to judge on; {machine(device)}; "
+        f"{time.monotonic() - start:.0f} s",
+        flush=True,
+    )
     for name in filter(None, args.baselines.split(",")):
         for seed in range(args.seeds if name.startswith("random") else 1):
             if not table.has(name, seed, 1):
-                encoder = baseline(name, channels=judge.images.shape[1], preset=args.encoder, crop=args.crop, mean=mean, std=std,
-                                   seed=seed)
-                table.add({"objective": name, "seed": seed, "share": 0, "steps": 0} | judge(encoder) | {"machine": machine(device)})
+                encoder = baseline(
+                    name,
+                    channels=judge.images.shape[1],
+                    preset=args.encoder,
+                    crop=args.crop,
+                    mean=mean,
+                    std=std,
+                    seed=seed,
+                )
+                table.add(
+                    {"objective": name, "seed": seed, "share": 0, "steps": 0}
+                    | judge(encoder)
+                    | {"machine": machine(device)}
+                )
     budget = f"{args.steps} steps" if args.steps else f"{args.seconds}s"
     names = [name for name in args.objectives.split(",") if name]
     if device == "cuda":  # what is compiled and loaded on first use is not part of anybody's budget
