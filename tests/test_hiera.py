@@ -85,6 +85,27 @@ def test_positions_are_fixed_and_tokens_are_drawn():
     assert fixed == set(tables)
 
 
+def test_learnt_positions_would_learn_less(images):
+    "On a task that needs positions: every patch of a fixed picture."
+    pixels = (images[0]["image"][None, :, 32:160, 32:160].expand(4, -1, -1, -1) - 0.4) / 0.2
+
+    def last_loss(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+        torch.manual_seed(0)
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = model(pixels, noise=torch.rand(4, 64)).loss
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    config = hiera_config("hiera-nano", image_size=128)
+    torch.manual_seed(0)
+    theirs = HieraForPreTraining(config)
+    ours, drawn = last_loss(new_hiera(config, model=HieraForPreTraining)), last_loss(theirs)
+    assert ours < 0.8 * drawn, (ours, drawn)
+
+
 def test_one_seed_one_set_of_weights():
     state = torch.get_rng_state()
     a, b, c = (HieraEncoder("hiera-nano", image_size=64, seed=s).fingerprint() for s in (0, 0, 1))

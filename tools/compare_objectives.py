@@ -1,4 +1,4 @@
-"""Objectives on equal terms: the same crops, augmentations and seconds; judged by retrieval and a linear probe on new devices."""
+"""Objectives on equal terms: the same crops, augmentations and seconds, judged on devices that none of them saw."""
 
 import argparse
 import csv
