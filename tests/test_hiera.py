@@ -3,6 +3,7 @@
 import inspect
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -154,6 +155,13 @@ def test_a_saved_encoder_is_the_same(tmp_path):
     assert again.fingerprint() == encoder.fingerprint() and not again.hiera.embeddings.position_embeddings.requires_grad
     with quiet():
         HieraModel.from_pretrained(tmp_path / "encoder")
+
+
+def test_it_opens_where_nobody_imported_this_module(tmp_path, monkeypatch):
+    HieraEncoder("hiera-nano", image_size=64).save_pretrained(tmp_path / "encoder")
+    monkeypatch.delitem(Encoder.kinds, "hiera")
+    monkeypatch.delitem(sys.modules, "aoi_ssl.hiera")
+    assert Encoder.from_pretrained(tmp_path / "encoder").kind == "hiera"
 
 
 @pytest.mark.parametrize(
