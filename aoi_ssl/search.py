@@ -64,7 +64,7 @@ def top_k(
     return _scan(queries, blocks, min(k, len(keys)), query_block=query_block)
 
 # %% ../nbs/api/13_search.ipynb #56c92e47
-KEY_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+KEY_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
 def encode_keys(
