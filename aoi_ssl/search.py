@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEY_TYPES', 'MOST_EXACT', 'top_k', 'encode_keys', 'decode_keys', 'Index', 'ExactIndex', 'cluster', 'list_count',
-           'IVFIndex', 'build_index', 'load_index', 'pack_bits', 'unpack_bits', 'aggregate', 'distinct_masks',
-           'insertion_distances', 'shown_classes', 'coreset']
+           'IVFIndex', 'build_index', 'load_index', 'pack_bits', 'unpack_bits', 'cast_votes', 'aggregate',
+           'distinct_masks', 'insertion_distances', 'shown_classes', 'coreset']
 
 # %% ../nbs/api/13_search.ipynb #c9e03629
 from collections.abc import Iterable, Mapping
@@ -415,7 +415,34 @@ def unpack_bits(
     bits = (byte[:, None] >> torch.arange(7, -1, -1, device=packed.device) & 1).float()
     return F.embedding(packed.int(), bits).flatten(-2)[..., :count]
 
-# %% ../nbs/api/13_search.ipynb #9db14304
+# %% ../nbs/api/13_search.ipynb #d0158e08
+def cast_votes(
+    weights: Tensor,  # (Q, k), of sum 1
+    index: Tensor,  # (Q, k) int64, the neighbours' rows in `values`; -1 for a neighbour that is not there
+    values: Tensor,  # (N, ceil(n / 8)) uint8, bit-packed masks; False where not known
+    known: Tensor | None = None,  # the same shape, bit-packed: True where the label counts; None: everywhere
+    *,
+    count: int,  # n, flags of a mask
+    block: int = 256,  # queries at once: at most block * k masks are unpacked
+) -> tuple[Tensor, Tensor]:  # (Q, n) weight of those who say yes; (Q, n) or (Q, 1) weight of those who know
+    "The neighbours' votes at each pixel of their masks."
+    weights = weights.masked_fill(index < 0, 0)
+    votes, total, whole = weights.new_empty(len(index), count), weights.sum(-1, keepdim=True), True
+    for start in range(0, len(index), block):
+        w = weights[start:start + block]
+        rows, place = index[start:start + block].clamp(min=0).unique(return_inverse=True)
+        votes[start:start + block] = F.embedding_bag(place, unpack_bits(values[rows], count), per_sample_weights=w, mode="sum")
+        partial = None if known is None else (known[rows] != 255).any(1)
+        if partial is not None and partial.any():  # few patches lie at a border: only who asks them pays for it
+            total, whole = total.repeat(1, count) if whole else total, False
+            asked = partial[place].any(1).nonzero().flatten()
+            few, place = place[asked].unique(return_inverse=True)
+            total[start + asked] = F.embedding_bag(
+                place, unpack_bits(known[rows[few]], count), per_sample_weights=w[asked], mode="sum"
+            )
+    return votes, total
+
+
 def aggregate(
     weights: Tensor,  # (Q, k), of sum 1
     index: Tensor,  # (Q, k) int64, the neighbours' rows in `values`; -1 for a neighbour that is not there
@@ -423,27 +450,19 @@ def aggregate(
     known: Tensor | None = None,  # the same shape, bit-packed: True where the label counts; None: everywhere
     *,
     count: int,  # n = K * P * P
-    block: int = 256,  # queries at once: at most block * k masks are unpacked
+    block: int = 256,  # queries at once
 ) -> Tensor:  # (Q, n) probabilities in [0, 1]; 0 where no neighbour knows
     "The weighted mean of the neighbours' masks, over those that know the pixel."
-    result = weights.new_empty(len(index), count)
-    weights = weights.masked_fill(index < 0, 0)
-    for out, w, i in zip(result.split(block), weights.split(block), index.clamp(min=0).split(block), strict=True):
-        rows, place = i.unique(return_inverse=True)
-        total = w.sum(-1, keepdim=True)
-        if known is not None and not (known[rows] == 255).all():
-            total = F.embedding_bag(place, unpack_bits(known[rows], count), per_sample_weights=w, mode="sum")
-        recalled = F.embedding_bag(place, unpack_bits(values[rows], count), per_sample_weights=w, mode="sum")
-        torch.div(recalled, total.clamp(min=torch.finfo(w.dtype).tiny), out=out)
-    return result.clamp_(max=1)
+    votes, total = cast_votes(weights, index, values, known, count=count, block=block)
+    return votes.div_(total.clamp(min=torch.finfo(votes.dtype).tiny)).clamp_(max=1)
 
-# %% ../nbs/api/13_search.ipynb #d846d266
+# %% ../nbs/api/13_search.ipynb #b33cc7a6
 def distinct_masks(
-    *packed: Tensor,  # (N, b) uint8 each: masks, and where they are known
-) -> tuple[Tensor, ...]:  # the number of each row's mask (N,) int32, then the distinct rows of each tensor
-    "Keep each mask once: row i of a tensor was `rows[number[i]]`."
-    rows, number = torch.cat(packed, 1).unique(dim=0, return_inverse=True)
-    return number.int(), *(part.contiguous() for part in rows.split([part.shape[1] for part in packed], dim=1))
+    packed: Tensor,  # (N, b) uint8
+) -> tuple[Tensor, Tensor]:  # the number of each row's mask (N,) int32, and the distinct masks (M, b)
+    "Keep each mask once: `packed[i]` is `distinct[number[i]]`."
+    distinct, number = packed.unique(dim=0, return_inverse=True)
+    return number.int(), distinct
 
 # %% ../nbs/api/13_search.ipynb #058715d0
 def _neighbourhoods(

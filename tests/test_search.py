@@ -14,6 +14,7 @@ from aoi_ssl.search import (
     IVFIndex,
     aggregate,
     build_index,
+    cast_votes,
     cluster,
     coreset,
     decode_keys,
@@ -287,12 +288,27 @@ def test_masks_are_kept_once():
     few[0] = 0
     values, known = few[torch.randint(0, 7, (500,), generator=g)], torch.full((500, 8), 255, dtype=torch.uint8)
     known[::50] = 15
-    number, rows, there = distinct_masks(values, known)
-    assert number.dtype == torch.int32 and len(rows) == len(there) <= 14
-    assert rows[number].equal(values) and there[number].equal(known)
+    (number, distinct), (_, there) = distinct_masks(values), distinct_masks(known)
+    assert number.dtype == torch.int32 and len(distinct) == 7 and len(there) == 2
+    assert distinct[number].equal(values)
     weights, index = torch.rand(20, 5, generator=g), torch.randint(0, 500, (20, 5), generator=g)
-    expected = aggregate(weights, index, values, known, count=64)
-    assert aggregate(weights, number[index], rows, there, count=64).allclose(expected)
+    expected = aggregate(weights, index, values, count=64)
+    assert aggregate(weights, number[index], distinct, count=64).allclose(expected)
+
+
+def test_votes_of_patches_at_a_border_are_counted_pixel_by_pixel():
+    "Block by block, whether a block holds a patch that is not known everywhere or not; against plain sums."
+    g = torch.Generator().manual_seed(0)
+    known = torch.ones(60, 40, dtype=torch.bool)
+    known[7, :11] = known[41, 30:] = False
+    values = (torch.rand(60, 40, generator=g) > 0.6) & known
+    weights, index = torch.rand(33, 5, generator=g), torch.randint(0, 60, (33, 5), generator=g)
+    index[3, 4], index[:8] = -1, index[:8].clamp(max=6)  # the first block knows everything
+    mine = weights.masked_fill(index < 0, 0)[..., None]
+    votes, total = cast_votes(weights, index, pack_bits(values), pack_bits(known), count=40, block=8)
+    assert votes.allclose((mine * values[index]).sum(1), atol=1e-6)
+    assert total.allclose((mine * known[index]).sum(1), atol=1e-6)
+    assert cast_votes(weights, index, pack_bits(values), count=40)[1].shape == (33, 1)
 
 
 def test_classes_of_a_packed_mask():
