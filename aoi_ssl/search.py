@@ -76,6 +76,8 @@ def encode_keys(
         raise AoiError(f"dtype is {dtype!r}; one of {', '.join(KEY_TYPES)} was expected.")
     if dtype != "int8":
         return keys.to(KEY_TYPES[dtype]), keys.new_empty(len(keys), 0, dtype=torch.float32)
+    if len(keys) > 2**16:  # a part at a time, since it takes several times the room of the result
+        return tuple(map(torch.cat, zip(*(encode_keys(part) for part in keys.split(2**16)), strict=True)))
     codes = (keys * (127 / keys.abs().amax(1, keepdim=True).clamp(min=1e-12))).round().to(torch.int8)
     return codes, 1 / codes.float().norm(dim=1, keepdim=True).clamp(min=1)
 
@@ -307,9 +309,9 @@ class IVFIndex(Index):
         self,
         keys: Tensor,  # (N, D) of length 1
         *,
-        dtype: str = "int8",  # how keys are stored: one of KEY_TYPES
+        dtype: str = "float16",  # how keys are stored: one of KEY_TYPES
         lists: int | None = None,  # how many; None: see `list_count`
-        reach: float = 1.0,  # how far a query looks around the nearest centre; more is slower, and misses less
+        reach: float = 1.5,  # how far a query looks around the nearest centre; more is slower, and misses less
         seed: int = 0,  # of the centres
     ):
         super().__init__()
@@ -375,7 +377,7 @@ def build_index(
     keys: Tensor,  # (N, D) of length 1
     *,
     kind: str = "auto",  # "exact", "ivf", or "auto": by the number of keys
-    dtype: str = "auto",  # one of KEY_TYPES; "auto": float32 for an exact index (float16 on a GPU), int8 for lists
+    dtype: str = "auto",  # one of KEY_TYPES; "auto": float32 for an exact index, float16 for lists and on a GPU
     seed: int = 0,  # of the centres of lists
 ) -> Index:  # to search
     "The index for so many keys. Raises `AoiError` for a kind or a type that does not exist."
@@ -383,9 +385,9 @@ def build_index(
         raise AoiError(f"kind is {kind!r}; 'auto', 'exact' or 'ivf' was expected.")
     if kind == "auto":
         kind = "ivf" if len(keys) > MOST_EXACT and not keys.is_cuda else "exact"
-    if kind == "ivf":
-        return IVFIndex(keys, dtype="int8" if dtype == "auto" else dtype, seed=seed)
-    return ExactIndex(keys, dtype=("float16" if keys.is_cuda else "float32") if dtype == "auto" else dtype)
+    if dtype == "auto":
+        dtype = "float16" if kind == "ivf" or keys.is_cuda else "float32"
+    return IVFIndex(keys, dtype=dtype, seed=seed) if kind == "ivf" else ExactIndex(keys, dtype=dtype)
 
 # %% ../nbs/api/13_search.ipynb #84c15d14
 def load_index(
