@@ -12,7 +12,7 @@ VENV ?= .venv
 export VENV PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs bench experiments install install-dev prepare readme clean
+.PHONY: help demo test docs bench bench-retrieval experiments install install-dev prepare readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -40,6 +40,9 @@ experiments: install-dev  ## execute the pages of experiments from kept counts; 
 	@$(if $(FRESH),rm -rf nbs/experiments/results)
 	@cd nbs/experiments && for page in *.ipynb; do $(abspath $(VENV))/bin/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.timeout=-1 "$$page" || exit 1; done
+
+bench-retrieval: install-dev  ## what a large bank costs, and a figure; ARGS="--encoder folder" for other keys than raw pixels
+	@$(VENV)/bin/python tools/bench_retrieval.py $(ARGS)
 
 install:  ## make .venv and install aoi_ssl in it
 	@tools/install.sh base
