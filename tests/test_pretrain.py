@@ -4,17 +4,22 @@ import importlib
 import inspect
 import os
 import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import ViTMAEForPreTraining
 
 from aoi_ssl.augment import Augment
 from aoi_ssl.core import AoiError, step_seed
+from aoi_ssl.crops import store_images
 from aoi_ssl.data import channel_stats, load_folder
 from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder, mae_config, new_vit, quiet
 from aoi_ssl.pretrain import (
@@ -28,16 +33,21 @@ from aoi_ssl.pretrain import (
 )
 
 pretrain_module = importlib.import_module("aoi_ssl.pretrain")  # `aoi_ssl.pretrain` itself is the verb
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"encoder": "nano", "crop": 64, "batch_size": 4, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
+def rendered(tmp_path_factory):
     from aoi_ssl.synthetic import render_folder
 
     path = tmp_path_factory.mktemp("pretrain") / "parts"
-    render_folder(path, devices=0, new_devices=0, pretrain_devices=3, images=3, size=256, progress=False)
-    return load_folder(path)["pretrain"]
+    return render_folder(path, devices=0, new_devices=0, pretrain_devices=3, images=3, size=256, progress=False)
+
+
+@pytest.fixture(scope="module")
+def images(rendered):
+    return load_folder(rendered)["pretrain"]
 
 
 @pytest.fixture(scope="module")
@@ -361,3 +371,82 @@ def test_labels_are_never_opened(folder, monkeypatch):
     assert all(labelled["labelled"])
     monkeypatch.setattr(data, "read_mask", lambda *a, **k: pytest.fail("a mask was read"))
     pretrain(labelled, **SMALL, budget="2 steps", validation=labelled)
+
+
+# processes, trackers, and what goes wrong
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from accelerate import Accelerator
+from aoi_ssl.data import load_folder
+from aoi_ssl.pretrain import pretrain
+assert Accelerator().num_processes == int(sys.argv[4])
+images = load_folder(sys.argv[1])["pretrain"]
+pretrain(images, sys.argv[2], encoder="nano", crop=64, batch_size=int(sys.argv[3]), budget="6 steps", progress=False)
+"""
+
+
+def test_two_processes_give_the_losses_of_one(rendered, tmp_path):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    runs = {}
+    for processes, batch in ((1, 8), (2, 4)):
+        out = tmp_path / f"out{processes}"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [*launch, str(tmp_path / "run.py"), str(rendered), str(out), str(batch), str(processes)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+        assert run.returncode == 0, run.stderr[-2000:]
+        runs[processes] = pd.read_csv(out / "history.csv")
+    one, two = runs[1].loss.to_numpy(), runs[2].loss.to_numpy()
+    assert len(one) == len(two) == 6 and np.abs(one - two).max() < 1e-5
+    assert np.ptp(one) > 1e-3  # the losses change, so that agreeing means something
+
+
+def test_a_tracker_hears_of_every_tenth_step(images):
+    from accelerate.tracking import GeneralTracker
+
+    class Notes(GeneralTracker):
+        name, requires_logging_directory, tracker = "notes", False, None
+
+        def __init__(self):
+            self.config, self.said = None, {}
+
+        def store_init_configuration(self, values):
+            self.config = values
+
+        def log(self, values, step=None, **kwargs):
+            self.said[step] = values
+
+    notes = Notes()
+    history = pretrain(images, **SMALL, budget="20 steps", report_to=[notes]).history
+    assert sorted(notes.said) == [9, 19] and notes.said[19]["loss"] == history.loss.iloc[19] and "batch" in notes.config
+    with pytest.raises(AoiError, match="report_to is 'paper'"):
+        pretrain(images, **SMALL, budget="1 steps", report_to="paper")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_its_batch_is_kept(images, tmp_path):
+    class Broken(Augment):
+        def __call__(self, image, *, seed, **options):
+            bad = seed == step_seed(0, 3, 1)
+            return (image * float("nan") if bad else image), None, None
+
+    with pytest.raises(AoiError, match="became nan at step 3.*The batch is in"):
+        pretrain(images, tmp_path / "out", augment=Broken(), **SMALL, budget="8 steps")
+    kept = load_file(tmp_path / "out.batch.safetensors")
+    assert kept["pixels"].isnan().all() and kept["noise"].shape == (4, 16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_patience_ends_a_run_early(images, tmp_path):
+    with pytest.raises(AoiError, match="patience=12 can never run out"):
+        pretrain(images, **SMALL, budget="20 steps", validation=images.select([0]), patience=12)
+    history = pretrain(images, **SMALL, budget="60 steps", validation=images.select([0]), patience=1, base_lr=1.0).history
+    assert len(history) < 60
+
+
+def test_images_decoded_already_are_not_decoded_again(images, tmp_path, monkeypatch):
+    crops = store_images(images, tmp_path / "store", cell=64)
+    expected = pretrain(images, **SMALL, budget="3 steps").history
+    monkeypatch.setattr("aoi_ssl.crops.native_item", None)
+    assert pretrain(images, **SMALL, budget="3 steps", crops=crops).history.loss.equals(expected.loss)

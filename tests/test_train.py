@@ -184,6 +184,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         model = nn.Linear(3, 1)
         loss = lambda m, b: ((m(b["x"]) - b["y"]) ** 2).mean()
         fit(model, loss, batch, torch.optim.SGD(model.parameters(), lr=0.1), budget="8 steps", progress=False)
+        assert PartialState().num_processes == int(sys.argv[2])
         if PartialState().is_main_process:
             torch.save(model.state_dict(), sys.argv[1])
     """)
@@ -191,24 +192,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     results = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.pt"
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            str(script),
-            str(out),
-        ]
-        subprocess.run(
-            command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        subprocess.run([*launch, str(script), str(out), str(processes)], check=True, capture_output=True, timeout=120, env=env)
         results.append(torch.load(out, weights_only=True))
     torch.testing.assert_close(*results)
