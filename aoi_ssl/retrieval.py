@@ -33,8 +33,8 @@ from tqdm.auto import tqdm
 from .core import AoiError, step_seed
 from .data import class_names, native_item, to_unit
 from .encoder import Encoder, check_images
-from .features import FeatureSpace, embed, fit_space, grid_corner, grid_windows, layer_count, mirror, recentre
-from .features import restore_space, sample_drifted, sample_embeddings, shift_offsets, window_owners, window_places, with_layers
+from .features import FeatureSpace, between_grids, embed, fit_space, grid_corner, grid_windows, layer_count, mirror
+from .features import recentre, restore_space, sample_drifted, sample_embeddings, shift_offsets, window_owners, window_places, with_layers
 from .metrics import THRESHOLDS, best_thresholds, counts_frame, scores, threshold_counts
 from .patches import Moments, guided_filter, lay, moments, patchify_mask, rim_weights, solve_ridge, unpatchify_mask
 from .patches import with_one
@@ -58,7 +58,7 @@ def attention_weights(
     "Weights by attention, `softmax(s / beta)` (AOI-SSL, retrieval)."
     return (similarity / beta).softmax(-1)
 
-# %% ../nbs/api/14_retrieval.ipynb #71e03dfe
+# %% ../nbs/api/14_retrieval.ipynb #f7563cb8
 def distance_weights(
     similarity: Tensor,  # (..., k) cosines
 ) -> Tensor:  # (..., k) in [0, 1], of sum 1
@@ -92,7 +92,7 @@ def cast_votes(
             total[start + asked] = knows
     return votes, total
 
-# %% ../nbs/api/14_retrieval.ipynb #27e2da0d
+# %% ../nbs/api/14_retrieval.ipynb #27463d7b
 @dataclass(frozen=True)
 class Recipe:
     "How a bank remembers and recalls. The defaults are the paper's."
@@ -103,7 +103,8 @@ class Recipe:
     whiten: int | None = None  # dimensions of whitened keys, at most; None: not whitened
     shrink: float = 1.0  # of the whitening: share of the mean variance that is added to each direction
     steady: bool = False  # whiten by how far simulated drift moves embeddings, instead of by their variance
-    bank_shifts: int = 1  # grids on which an image is remembered: 1, 2, 4, 8, 16 ...
+    bank_shifts: int = 1  # grids on which an image is remembered: 1, 2, 4 ...; beyond 16, only patches with an edge of a class
+    between: bool = False  # also remember patches with an edge on the grids between, their keys interpolated
     turns: int = 1  # orientations in which an image is remembered: 1, 2 (half turn), 4 (quarter turns), 8 (and mirrored)
     halo: int = 0  # pixels that a patch's mask reaches beyond it
     granularity: str = "patch"  # "patch" or "image": what is compared
@@ -113,17 +114,17 @@ class Recipe:
     refine: int = 0  # radius of the guided filter, pixels; 0: none. The bank then keeps the lights of its images
 
 
-_RECALL = ("query_shifts", "aggregation", "decoder")  # options that a bank can change
-_ALIGNED = Recipe(layers=1 / 3, centre="window", whiten=96, shrink=0.3, bank_shifts=16, query_shifts=2, halo=4,
+_RECALL = ("query_shifts", "aggregation", "decoder", "refine")  # options that a bank can change
+_ALIGNED = Recipe(layers=1 / 3, centre="window", whiten=96, shrink=0.3, bank_shifts=16, between=True, query_shifts=2, halo=4,
                   aggregation="distance", refine=1)
 METHODS = {
     "paper": Recipe(),
-    "fast": replace(_ALIGNED, bank_shifts=8, query_shifts=1),
+    "fast": replace(_ALIGNED, bank_shifts=8, between=False, query_shifts=1),
     "aligned": _ALIGNED,
-    "finest": replace(_ALIGNED, query_shifts=4),
+    "finest": replace(_ALIGNED, bank_shifts=64, between=False, query_shifts=4),
 }
 
-# %% ../nbs/api/14_retrieval.ipynb #0541079f
+# %% ../nbs/api/14_retrieval.ipynb #a1299da6
 def make_recipe(
     method: str | Recipe = "aligned",  # a name in METHODS, or a recipe
     **changes: object,  # options of `Recipe` that are to be different
@@ -162,6 +163,8 @@ def _check_recipe(
         value = getattr(recipe, name)
         if not (isinstance(value, int) and value >= least or (name == "whiten" and value is None)):
             raise AoiError(f"{name} is {value!r}; a whole number from {least} up was expected.")
+    if recipe.between and recipe.bank_shifts not in (4, 16):
+        raise AoiError(f"between is True with bank_shifts={recipe.bank_shifts}; 4 or 16 were expected. Use bank_shifts=16.")
     if recipe.steady and not recipe.whiten:
         raise AoiError("steady is True, but whiten is None; steady is a way to whiten. Use whiten=64 with it.")
     if recipe.query_shifts > recipe.bank_shifts:
@@ -182,7 +185,7 @@ def recipe_name(
     "The name of a recipe that has one."
     return next((name for name, known in METHODS.items() if known == recipe), "custom")
 
-# %% ../nbs/api/14_retrieval.ipynb #5b341258
+# %% ../nbs/api/14_retrieval.ipynb #74355618
 def turned(
     images: Tensor,  # (..., H, W)
     turn: int,  # 0: as it is; 1: half a turn; 2, 3: quarter turns; 4 to 7: the same after mirroring left and right
@@ -207,7 +210,7 @@ def turned_back(
         height, width = width, height
     return y, (width - patch_size - x if turn >= 4 else x)
 
-# %% ../nbs/api/14_retrieval.ipynb #d543703d
+# %% ../nbs/api/14_retrieval.ipynb #9111090b
 def grid_keys(
     grid: Tensor,  # (B, R, C, D) embeddings of whole images
     space: FeatureSpace,  # embedding -> key
@@ -238,36 +241,49 @@ def remember_image(
     "Keys, packed masks and places of the patches of one image; those that are wholly ignored are left out."
     space = FeatureSpace() if space is None else space
     ignore = torch.zeros_like(item["mask"]) if item["ignore"] is None else item["ignore"]
-    parts, whole = [], None
+    parts, whole, p = [], None, encoder.patch_size
     for turn in range(recipe.turns):
         image, mask, known = (turned(x, turn) for x in (item["image"], item["mask"] & ~ignore, ~ignore))
-        for shift in shift_offsets(recipe.bank_shifts, encoder.patch_size):
-            grid = embed(encoder, image[None], size=size, shift=shift)[0]
-            if whole is None:
-                middle = torch.full((1, 2), 0.5, device=grid.device)
-                whole = space(grid.mean((0, 1))[None], middle).cpu()
-            keys = grid_keys(grid[None], space, recipe, encoder.patch_size, *image.shape[-2:], size=size, shift=shift)[0]
-            part = _remember_grid(keys.cpu(), mask, known, encoder.patch_size, shift, recipe.halo)
-            part["y"], part["x"] = turned_back(part["y"], part["x"], turn, encoder.patch_size, item["mask"].shape[-2:])
+        for place, (shift, keys, mean) in enumerate(_image_keys(image, encoder, recipe, space, size)):
+            whole = space(mean[None], torch.full((1, 2), 0.5, device=mean.device)).cpu() if whole is None else whole
+            part = _remember_grid(keys.cpu(), mask, known, p, shift, recipe.halo, edges_only=place >= min(16, recipe.bank_shifts))
+            part["y"], part["x"] = turned_back(part["y"], part["x"], turn, p, item["mask"].shape[-2:])
             parts.append(part | {"turn": torch.full_like(part["y"], turn, dtype=torch.uint8)})
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return rows | {"image": torch.full_like(rows["y"], number), "image_keys": whole}
 
 
+def _image_keys(image: Tensor, encoder: Encoder, recipe: Recipe, space: FeatureSpace, size: int) -> Iterator[tuple]:
+    "Shift, keys (R, C, d) and mean embedding (D,) of every grid of an image: those that are encoded, then those between."
+    p, (height, width), grids = encoder.patch_size, image.shape[-2:], []
+    for shift in shift_offsets(recipe.bank_shifts, p):
+        grid = embed(encoder, image[None], size=size, shift=shift)
+        keys = grid_keys(grid, space, recipe, p, height, width, size=size, shift=shift)[0]
+        grids += [(shift, keys)] if recipe.between else []
+        yield shift, keys, grid.mean((0, 1, 2))
+    for shift, keys in between_grids(grids, p) if grids else ():
+        rows, columns = (-(-(n - start) // p) for n, start in zip((height, width), grid_corner(shift, p), strict=True))
+        yield shift, F.normalize(keys[:rows, :columns], dim=-1), None
+
+
 def _remember_grid(
-    keys: Tensor,  # (R, C, d)
+    keys: Tensor,  # (R, C, d); NaN: not to be remembered
     mask: Tensor,  # (K, H, W) bool, False where not known
     known: Tensor,  # (K, H, W) bool
     patch_size: int,  # P, pixels
     shift: tuple[int, int],  # of the grid
     halo: int,  # pixels
+    edges_only: bool = False,  # only patches where a class begins or ends, in the mask or right beside it
 ) -> dict[str, Tensor]:  # keys, values, known, y, x of the patches that know something
     "The rows of one grid."
-    corner = grid_corner(shift, patch_size)
-    values, known = (patchify_mask(m, patch_size, corner=corner, halo=halo).flatten(2) for m in (mask, known))
-    keep = known.any(-1)
-    y, x = (n.int() * patch_size + start for n, start in zip(keep.nonzero(as_tuple=True), corner, strict=True))
-    return {"keys": keys[keep], "values": pack_bits(values[keep]), "known": pack_bits(known[keep]), "y": y, "x": x}
+    grid = {"corner": grid_corner(shift, patch_size), "halo": halo}
+    keep = patchify_mask(known.any(0, keepdim=True), patch_size, **grid).flatten(2).any(-1) & keys.isfinite().all(-1)
+    if edges_only:
+        edges = F.pad((mask[:, 1:] != mask[:, :-1]).any(0), (0, 0, 0, 1)) | F.pad((mask[:, :, 1:] != mask[:, :, :-1]).any(0), (0, 1))
+        keep &= patchify_mask(edges[None], patch_size, **grid).flatten(2).any(-1)
+    values, knows = (pack_bits(patchify_mask(m, patch_size, **grid)[keep].flatten(1)) for m in (mask, known))
+    y, x = (n.int() * patch_size + start for n, start in zip(keep.nonzero(as_tuple=True), grid["corner"], strict=True))
+    return {"keys": keys[keep], "values": values, "known": knows, "y": y, "x": x}
 
 # %% ../nbs/api/14_retrieval.ipynb #eef2d889
 def remember(
@@ -335,11 +351,9 @@ class MemoryBank(Segmenter):
         self.encoder, self.space = with_layers(encoder, recipe.layers), FeatureSpace() if space is None else space
         self.recipe, self.k, self.beta, self.mix, self.size = recipe, k, beta, mix, size
         _check_contents(self, tensors, images)
-        self.images, self.lights = [dict(record) for record in images], list(lights) if recipe.refine else []
-        for name in _TENSORS:
-            self.register_buffer(name, tensors[name], persistent=False)
-        self.register_buffer("regression", None, persistent=False)
-        self._cache = {}
+        self.images, self.lights, self._cache = [dict(record) for record in images], list(lights) if recipe.refine else [], {}
+        for name in (*_TENSORS, "regression"):
+            self.register_buffer(name, tensors.get(name), persistent=False)
         self.to(encoder.mean.device)
 
     def __repr__(self) -> str:
@@ -445,17 +459,19 @@ def _check_contents(
         twice = stems[stems.duplicated()].iloc[0]
         raise AoiError(f"{twice} would be in the bank twice; each image belongs there once. Leave the second out.")
 
-# %% ../nbs/api/14_retrieval.ipynb #ffd9e5e7
+# %% ../nbs/api/14_retrieval.ipynb #161c94c6
 def recall_otherwise(
     bank: MemoryBank,  # stays as it is
     *,
     k: int | None = None,  # neighbours that vote; None: as it is
-    **changes: object,  # query_shifts, aggregation, decoder
+    **changes: object,  # query_shifts, aggregation, decoder, refine
 ) -> MemoryBank:  # shares the tensors of `bank`
     "The same remembered patches with other options of recall. Raises `AoiError` for those that need a new bank."
     if fixed := sorted(set(changes) - set(_RECALL)):
         raise AoiError(f"{fixed[0]} cannot be changed in a bank that is built; {', '.join(_RECALL)} and k can. Build a bank "
                        f"with {fixed[0]}={changes[fixed[0]]!r}.")
+    if changes.get("refine") and not bank.lights:
+        raise AoiError("This bank keeps no lights of its images, which refine needs to be calibrated. Build one with refine=1.")
     made = _with_rows(bank, {name: getattr(bank, name) for name in _TENSORS}, bank.images, bank.lights,
                       recipe=make_recipe(bank.recipe, **changes), k=bank.k if k is None else k)
     made._cache = dict(bank._cache)
@@ -481,7 +497,7 @@ def _with_rows(
         made.thresholds, made.regression = bank.thresholds.clone(), bank.regression
     return made
 
-# %% ../nbs/api/14_retrieval.ipynb #58e66e4f
+# %% ../nbs/api/14_retrieval.ipynb #8403278a
 def to_keys(
     bank: MemoryBank,  # whose feature space counts
     grid: Tensor,  # (B, R, C, D) embeddings of whole images
@@ -579,7 +595,7 @@ def lay_rows(
         patches = numbers.unflatten(-1, (len(bank.classes), side, side))
     return lay(patches.unflatten(0, cells), height, width, corner=corner, halo=bank.recipe.halo)
 
-# %% ../nbs/api/14_retrieval.ipynb #adebf317
+# %% ../nbs/api/14_retrieval.ipynb #1785e801
 def voices(
     bank: MemoryBank,  # the bank
     mix: float | None = None,  # share of the regression in a mixture; None: the bank's own
@@ -619,7 +635,7 @@ def predict_bank(
     result = shared(sums, voices(bank))
     return guided_filter(result, images.to(result), radius=bank.recipe.refine) if bank.recipe.refine else result
 
-# %% ../nbs/api/14_retrieval.ipynb #ed8cbdf5
+# %% ../nbs/api/14_retrieval.ipynb #3688edae
 def regress(
     keys: Tensor,  # (Q, d)
     regression: Tensor,  # (d + 1, n), from `solve_ridge`
@@ -701,7 +717,7 @@ def _shared_classes(
     "The classes that two images or more of the bank show."
     return [name for name in bank.classes if sum(name in record["classes"] for record in bank.images) > 1]
 
-# %% ../nbs/api/14_retrieval.ipynb #e6e22633
+# %% ../nbs/api/14_retrieval.ipynb #01636cad
 class Region(NamedTuple):
     "A part of a remembered image that is judged, in pixels."
 
@@ -802,7 +818,7 @@ def cached_search(
     bank._cache["search"] = {"queries": queries, "folds": folds, "similarity": similarity, "rows": rows}
     return similarity, rows
 
-# %% ../nbs/api/14_retrieval.ipynb #8270db95
+# %% ../nbs/api/14_retrieval.ipynb #7240275b
 def region_cells(
     bank: MemoryBank,  # the bank
     rows: Tensor,  # (n,) rows of the bank on one grid
@@ -860,7 +876,7 @@ def patch_masks(
     packed = getattr(bank, what)[torch.as_tensor(rows, device=bank.keys.device)]
     return unpack_bits(packed, mask_length(bank)).bool().unflatten(1, (len(bank.classes), side, side))
 
-# %% ../nbs/api/14_retrieval.ipynb #b7e0f52b
+# %% ../nbs/api/14_retrieval.ipynb #3d2e4763
 class Setting(NamedTuple):
     "What cross-validation chooses."
 
@@ -1020,7 +1036,7 @@ def _curve_frame(
     ]
     return scores(pd.concat(frames), by=("k", "beta", "mix", "class", "threshold"))
 
-# %% ../nbs/api/14_retrieval.ipynb #a5ddd442
+# %% ../nbs/api/14_retrieval.ipynb #d4429555
 def learn_space(
     dataset,  # images to learn from; labels are not looked at
     encoder: Encoder,  # image -> grid of embeddings, as `build_bank` takes it
@@ -1078,7 +1094,7 @@ def build_bank(
         calibrate_bank(bank, seed=seed, progress=progress, **grids)
     return bank
 
-# %% ../nbs/api/14_retrieval.ipynb #8783c471
+# %% ../nbs/api/14_retrieval.ipynb #536f267f
 def keys_at(
     bank: MemoryBank,  # the bank
     images: Tensor,  # (1, C, H, W) in [0, 1]
@@ -1177,7 +1193,7 @@ def patch_images(
     cut = [read[row.stem][:, row.y + size:row.y + size + side, row.x + size:row.x + size + side] for row in table.itertuples()]
     return torch.stack([turned(picture, turn) for picture, turn in zip(cut, table["turn"], strict=True)])
 
-# %% ../nbs/api/14_retrieval.ipynb #504f65e3
+# %% ../nbs/api/14_retrieval.ipynb #2b795b5c
 def covering_cells(
     patch_size: int,  # P, pixels
     halo: int,  # pixels
@@ -1256,13 +1272,13 @@ def _append(bank: MemoryBank, tensors: Mapping[str, Tensor], images: list, light
 
 
 def _changed(bank: MemoryBank, calibrate: bool) -> MemoryBank:
-    "Bring regression and thresholds up to date."
+    "Bring regression and thresholds up to date; a sample of 4096 patches is enough for that."
     fit_regression(bank)
     if calibrate:
-        calibrate_bank(bank, ks=(bank.k,), betas=(bank.beta,), mixes=(bank.mix,))
+        calibrate_bank(bank, ks=(bank.k,), betas=(bank.beta,), mixes=(bank.mix,), max_patches=4096)
     return bank
 
-# %% ../nbs/api/14_retrieval.ipynb #eae6ea22
+# %% ../nbs/api/14_retrieval.ipynb #d5e57535
 def _chosen_images(
     bank: MemoryBank,  # the bank
     stem: str | Sequence[str] | None,  # names of images
@@ -1321,7 +1337,7 @@ def _keep_classes(
     images = [{**record, "classes": [name for name in record["classes"] if name in classes]} for record in images]
     return tensors | packed, images
 
-# %% ../nbs/api/14_retrieval.ipynb #317df0a2
+# %% ../nbs/api/14_retrieval.ipynb #b9965250
 def subset_bank(
     bank: MemoryBank,  # stays as it is
     *,
@@ -1369,7 +1385,7 @@ def _reduced(bank: MemoryBank, keep: Sequence[bool], classes: list[str], calibra
     made.thresholds = bank.thresholds[places].clone()
     return _changed(made, calibrate)
 
-# %% ../nbs/api/14_retrieval.ipynb #0da91608
+# %% ../nbs/api/14_retrieval.ipynb #d3d3dffb
 def merge_banks(
     bank: MemoryBank,  # stays as it is
     other: MemoryBank,  # stays as it is
@@ -1378,7 +1394,7 @@ def merge_banks(
 ) -> MemoryBank:  # with the options of the first
     "A bank of the images of two. Raises `AoiError` if their keys or masks do not mean the same, or an image is in both."
     def remembered(b: MemoryBank) -> Recipe:
-        return replace(b.recipe, **{name: getattr(METHODS["paper"], name) for name in _RECALL})
+        return replace(b.recipe, **{name: getattr(METHODS["paper"], name) for name in _RECALL if name != "refine"})
 
     for what, mine, theirs in (
         ("encoder", bank.encoder.fingerprint(), other.encoder.fingerprint()),
@@ -1395,7 +1411,7 @@ def merge_banks(
     made = _with_rows(bank, {name: getattr(bank, name) for name in _TENSORS}, bank.images, bank.lights)
     return _append(made, tensors, other.images, other.lights, calibrate=calibrate)
 
-# %% ../nbs/api/14_retrieval.ipynb #ff181e61
+# %% ../nbs/api/14_retrieval.ipynb #c166ad4b
 def estimate_bank(
     dataset,  # labelled images; none is opened
     encoder: Encoder,  # image -> grid of embeddings
@@ -1403,17 +1419,17 @@ def estimate_bank(
     method: str | Recipe = "aligned",  # as for `build_bank`
     **changes: object,  # options of `Recipe`, as for `build_bank`
 ) -> pd.DataFrame:  # a row per image: stem, device, encodings, patches, key_bytes, mask_bytes, bytes
-    "What a bank would take, at most: patches that are wholly ignored will be left out."
+    "What a bank would take, at most: patches that are wholly ignored will be left out, and beyond 16 grids those without an edge."
     recipe, p = make_recipe(method, **changes), encoder.patch_size
     seeing, place = with_layers(encoder, recipe.layers), 4 * (recipe.position == "append")
     length = min(recipe.whiten or seeing.dim, seeing.dim) + place
     masks = 2 * -(-len(class_names(dataset)) * (p + 2 * recipe.halo) ** 2 // 8)
     rows = []
     for stem, device, h, w in zip(*(dataset[name] for name in ("stem", "device", "height", "width")), strict=True):
-        corners = [grid_corner(shift, p) for shift in shift_offsets(recipe.bank_shifts, p)]
+        corners = [grid_corner(shift, p) for shift in shift_offsets(recipe.bank_shifts * (4 if recipe.between else 1), p)]
         patches = recipe.turns * sum(-(-(h - y) // p) * -(-(w - x) // p) for y, x in corners)
         sizes = {"key_bytes": 4 * length * patches, "mask_bytes": masks * patches}
-        rows.append({"stem": stem, "device": device, "encodings": recipe.turns * len(corners), "patches": patches, **sizes,
+        rows.append({"stem": stem, "device": device, "encodings": recipe.turns * recipe.bank_shifts, "patches": patches, **sizes,
                      "bytes": sum(sizes.values())})
     return pd.DataFrame(rows)
 

@@ -13,6 +13,7 @@ from aoi_ssl.features import (
     Place,
     Unplace,
     Whiten,
+    between_grids,
     cosine_basis,
     embed,
     fit_space,
@@ -76,6 +77,23 @@ def test_beyond_the_border_the_image_is_mirrored():
     assert torch.allclose(first[1:, 2:], image[0, 0, :3, :2]) and torch.allclose(first[0, 2:], image[0, 0, 0, :2])
     assert torch.allclose(first[1:, :2], image[0, 0, :3, :2].flip(1))
     assert mirror(image, 0, 0) is image and mirror(image, 20, 0).shape == (1, 1, 28, 8)
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_half_way_between_two_grids_a_linear_image_is_exact(count):
+    encoder = PixelEncoder(channels=1, patch_size=16, mean=[0], std=[1])
+    y, x = torch.meshgrid(torch.arange(80.0), torch.arange(64.0), indexing="ij")
+    image = ((2 * y + x) / 300)[None, None]
+    between = between_grids([(s, embed(encoder, image, shift=s)[0]) for s in shift_offsets(count, 16)], 16)
+    assert [s for s, _ in between] == shift_offsets(4 * count, 16)[count:]
+    for shift, grid in between:
+        exact = embed(encoder, image, shift=shift)[0]
+        rows, columns = (slice(1, n // 16 - 1) for n in (80, 64))  # at the border it is mirrored, and not linear
+        assert torch.allclose(grid[rows, columns], exact[rows, columns], atol=1e-5)
+        there = grid[: exact.shape[0], : exact.shape[1]].isfinite().all(-1)
+        assert there[rows, columns].all()
+    with pytest.raises(AoiError, match="none half-way"):
+        between_grids([(s, embed(encoder, image, shift=s)[0]) for s in shift_offsets(8, 16)], 16)
 
 
 def test_a_shifted_grid_takes_no_more_windows():

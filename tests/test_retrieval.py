@@ -17,7 +17,7 @@ from aoi_ssl.data import class_names, load_folder
 from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder
 from aoi_ssl.features import embed
 from aoi_ssl.metrics import THRESHOLDS, threshold_counts
-from aoi_ssl.patches import patchify_mask, rim_weights, unpatchify_mask
+from aoi_ssl.patches import guided_filter, patchify_mask, rim_weights, unpatchify_mask
 from aoi_ssl.predict import Segmenter, predict_image
 from aoi_ssl.retrieval import (
     MemoryBank,
@@ -661,17 +661,48 @@ def test_a_cached_search_is_a_new_search(dataset, pixels):
     assert grown.thresholds.equal(whole.thresholds)
 
 
+def test_between_and_beyond_16_grids_only_edges_are_remembered(tmp_path, pixels):
+    def draw(mask, i):
+        mask[:] = False
+        mask[0, :, 20:] = True  # one straight edge, between the columns 19 and 20
+
+    dataset = write(tmp_path, 1, shape=(64, 96), draw=draw)
+    banks = {}
+    for name, options in {"few": {"bank_shifts": 16}, "many": {"bank_shifts": 64}, "between": {"bank_shifts": 16, "between": True}}.items():
+        bank = banks[name] = paper_bank(dataset, pixels, halo=2, calibrate=False, **options)
+        late = torch.arange(len(bank.keys)) >= len(banks["few"].keys)
+        assert bank.keys[~late].equal(banks["few"].keys)
+        assert ((bank.x[late] - 2 < 20) & (bank.x[late] + 18 >= 20)).all() and bank.keys.isfinite().all()
+        for row in late.nonzero().flatten()[::17].tolist():  # and the masks are cut where the patch is
+            y, x = int(bank.y[row]), int(bank.x[row])
+            inside = patch_masks(bank, [row], "known")[0, 0]
+            assert patch_masks(bank, [row])[0, 0].equal(inside & (torch.arange(x - 2, x + 18) >= 20))
+    assert len(banks["few"].keys) < len(banks["between"].keys) <= len(banks["many"].keys)
+    with pytest.raises(AoiError, match="between is True with bank_shifts=8"):
+        paper_bank(dataset, pixels, bank_shifts=8, between=True)
+
+
+def test_refinement_needs_the_lights(dataset, pixels):
+    bank = paper_bank(dataset, pixels, refine=1, calibrate=False)
+    assert len(bank.lights) == 5 and bank.using(refine=0).lights == [] and bank.subset(stem=dataset[1]["stem"]).lights[0].equal(bank.lights[1])
+    image = dataset[0]["image"][None]
+    plain = bank.using(refine=0).predict(image)
+    assert torch.allclose(bank.predict(image), guided_filter(plain, image, radius=1))
+    with pytest.raises(AoiError, match="keeps no lights"):
+        bank.using(refine=0).using(refine=1)
+
+
 # --- a bank that one can edit ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    return {"method": "aligned", "bank_shifts": 4, "whiten": 24, "k": 3}
+    return {"method": "aligned", "bank_shifts": 4, "between": False, "whiten": 24, "k": 3, "refine": 0}
 
 
 @pytest.fixture(scope="module")
 def space(dataset, pixels, recipe):
-    return learn_space(dataset, pixels, **{name: recipe[name] for name in ("method", "whiten")})
+    return learn_space(dataset, pixels, **{name: recipe[name] for name in ("method", "whiten", "between", "bank_shifts")})
 
 
 def same(a, b):
