@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['decays', 'decay_groups', 'Reconstruction', 'Pretrained', 'load_pretrained', 'visible_statistics', 'default_crop',
-           'pretrain']
+           'expectation', 'pretrain']
 
 # %% ../nbs/api/09_pretrain.ipynb #280c1613
+import copy
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -283,6 +285,32 @@ def _validation(dataset, encoder: ViTEncoder, crop: int, batch_size: int, batche
 
     return validate
 
+# %% ../nbs/api/09_pretrain.ipynb #7789a74e
+def expectation(
+    model: torch.nn.Module,  # stays as it is
+    loss: Callable[[torch.nn.Module, dict], Tensor],  # (model, batch) -> scalar
+    batch: Callable[[int], dict],  # index -> batch
+    *,
+    budget: Budget,  # in seconds or steps
+    images: int,  # crops in a step
+    epoch: int,  # steps in an epoch
+    device: torch.device,  # that will train
+) -> str:  # one line
+    "What a budget will buy, from two steps on a copy of the model."
+    trial = copy.deepcopy(model).to(device).train()
+    for step in range(3):
+        if step == 1:
+            start = time.monotonic()
+        data = {name: value.to(device) for name, value in batch(step).items()}
+        loss(trial, data).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    each = (time.monotonic() - start) / 2
+    steps = budget.steps or max(1, round(budget.seconds / each))
+    seconds = steps * each
+    span = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+    return f"About {images / each:.0f} crops a second: {steps} steps of {images}, {steps / epoch:.1f} epochs, in {span}."
+
 # %% ../nbs/api/09_pretrain.ipynb #1424fcc5
 def pretrain(
     dataset,  # images to learn from, of data.load_folder; labels are not read
@@ -330,10 +358,15 @@ def pretrain(
     groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
     settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,
                 "weight_decay": weight_decay, "augment": change and asdict(change), "start_from": str(start_from)}
+    loss = lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss
+    batch = _batches(crops, inner, config.image_size, change, batch_size, process)
+    budget = budget.resolve(crops.steps_per_epoch(total))
+    if progress and process.is_main_process:
+        epoch, device = crops.steps_per_epoch(total), process.device
+        print(f"{crops}. {expectation(mae, loss, batch, budget=budget, images=total, epoch=epoch, device=device)}")
     history = fit(
-        mae, lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss,
-        _batches(crops, inner, config.image_size, change, batch_size, process),
-        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"), budget=budget.resolve(crops.steps_per_epoch(total)),
+        mae, loss, batch,
+        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"), budget=budget,
         warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
         validate=None if validation is None else _validation(validation, inner, config.image_size, batch_size),
         patience=patience, report_to=report_to, images=total, progress=progress, label="pre-training",
