@@ -214,6 +214,15 @@ def _plan(dataset, encoder: str, start_from, crop: int | None, patch_size: int, 
     return config, old
 
 
+def _learner(config, crops: CropStore, old: ViTEncoder | None, start_from, seed: int, device) -> tuple:
+    "The autoencoder to train and the encoder in it, with the statistics of its images or those of the encoder to go on from."
+    mae = new_vit(config, model=ViTMAEForPreTraining, seed=seed)
+    if old is not None:
+        _continue(mae, old, resolve_encoder(start_from))
+    mean, std = (crops.mean, crops.std) if old is None else (old.mean, old.std)
+    return mae, ViTEncoder(mae.vit, mean=mean, std=std, layers=None if old is None else old.layers).to(device)
+
+
 def _continue(mae: ViTMAEForPreTraining, old: ViTEncoder, folder: Path) -> None:
     "Copy the weights of an encoder, and those of its decoder if it was kept; not the positions."
     known = {f"vit.{name}": value for name, value in old.vit.state_dict().items()}
@@ -348,11 +357,7 @@ def pretrain(
     _check_run(dataset, validation, config.image_size, batch_size, budget, patience, precision)
     decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
     crops = _open_crops(dataset, crops, decoded, config.image_size, seed, process, progress and process.is_main_process)
-    mae = new_vit(config, model=ViTMAEForPreTraining, seed=seed)
-    if old is not None:
-        _continue(mae, old, resolve_encoder(start_from))
-    mean, std = (crops.mean, crops.std) if old is None else (old.mean, old.std)
-    inner = ViTEncoder(mae.vit, mean=mean, std=std, layers=None if old is None else old.layers).to(process.device)
+    mae, inner = _learner(config, crops, old, start_from, seed, process.device)
     change = Augment() if augment is True else augment or None
     total = batch_size * process.num_processes
     groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
@@ -362,12 +367,11 @@ def pretrain(
     batch = _batches(crops, inner, config.image_size, change, batch_size, process)
     budget = budget.resolve(crops.steps_per_epoch(total))
     if progress and process.is_main_process:
-        epoch, device = crops.steps_per_epoch(total), process.device
-        print(f"{crops}. {expectation(mae, loss, batch, budget=budget, images=total, epoch=epoch, device=device)}")
+        sizes = {"images": total, "epoch": crops.steps_per_epoch(total)}
+        print(f"{crops}. {expectation(mae, loss, batch, budget=budget, **sizes, device=process.device)}")
     history = fit(
-        mae, loss, batch,
-        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"), budget=budget,
-        warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
+        mae, loss, batch, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
+        budget=budget, warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
         validate=None if validation is None else _validation(validation, inner, config.image_size, batch_size),
         patience=patience, report_to=report_to, images=total, progress=progress, label="pre-training",
     )

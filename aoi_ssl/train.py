@@ -266,7 +266,7 @@ def fit(
     autocast = precision == "bf16" or (precision == "auto" and cuda_bf16)
     if report_to:
         accelerator.init_trackers("aoi_ssl", config={k: str(v) for k, v in run.settings.items()})
-    loop = _Loop(run, model, prepared, optimizer, accelerator, budget, Path(checkpoint) if checkpoint else None, batch, images)
+    loop = _Loop(run, model, prepared, optimizer, accelerator, budget, Path(checkpoint) if checkpoint else None, batch)
     bar = tqdm(total=100, desc=label, unit="%", disable=not (progress and accelerator.is_main_process), leave=False,
                bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}")
     with _interrupt_flag() as pressed, bar:
@@ -279,7 +279,7 @@ def fit(
             loop.judge(validate, validations, after_step)
             loop.keep(save_every)
             bar.n = round(100 * loop.spent, 1)
-            bar.set_postfix_str(loop.summary(), refresh=False)
+            bar.set_postfix_str(_summary(run, images), refresh=False)
             bar.update(0)
     if report_to:
         accelerator.end_training()
@@ -289,9 +289,9 @@ def fit(
 class _Loop:
     "The bookkeeping of `fit`."
 
-    def __init__(self, run, model, prepared, optimizer, accelerator, budget, checkpoint, batch, images):
+    def __init__(self, run, model, prepared, optimizer, accelerator, budget, checkpoint, batch):
         self.run, self.model, self.prepared, self.optimizer = run, model, prepared, optimizer
-        self.accelerator, self.budget, self.checkpoint, self.batch, self.images = accelerator, budget, checkpoint, batch, images
+        self.accelerator, self.budget, self.checkpoint, self.batch = accelerator, budget, checkpoint, batch
         self.start, self.saved, self.losses, self.interrupted = time.monotonic() - run.elapsed, run.elapsed, [], False
         self.spent = budget.progress(run.step, run.elapsed)
         prepared.train()
@@ -366,14 +366,6 @@ class _Loop:
             where = f"saved to {self.checkpoint}; go on with resume=True" if self.checkpoint else "nothing was saved"
             raise KeyboardInterrupt(f"stopped after step {self.run.step}; {where}")
 
-    def summary(self) -> str:
-        "What stands beside the bar."
-        known = [row["loss"] for row in self.run.history[-40:] if not math.isnan(row["loss"])]
-        loss = f", loss {sum(known) / len(known):.4f}" if known else ""
-        best = f", best score {self.run.best_score:.3f}" if self.run.validated else ""
-        speed = f", {self.images * self.run.step / max(self.run.elapsed, 1e-9):.0f} images/s" if self.images else ""
-        return f" step {self.run.step}{loss}{best}{speed}"
-
     def finish(self, *, restore: bool) -> pd.DataFrame:
         "The history; the model gets its best weights back."
         self.flush()
@@ -381,3 +373,12 @@ class _Loop:
             self.model.load_state_dict(self.run.best)
         self.model.eval()
         return pd.DataFrame(self.run.history)
+
+# %% ../nbs/api/07_train.ipynb #bf1e7f4e
+def _summary(run: _Run, images: int | None) -> str:
+    "What stands beside the bar."
+    known = [row["loss"] for row in run.history[-40:] if not math.isnan(row["loss"])]
+    loss = f", loss {sum(known) / len(known):.4f}" if known else ""
+    best = f", best score {run.best_score:.3f}" if run.validated else ""
+    speed = f", {images * run.step / max(run.elapsed, 1e-9):.0f} images/s" if images else ""
+    return f" step {run.step}{loss}{best}{speed}"

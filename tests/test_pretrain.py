@@ -38,7 +38,7 @@ SMALL = {"encoder": "nano", "crop": 64, "batch_size": 4, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def rendered(tmp_path_factory):
     from aoi_ssl.synthetic import render_folder
 
     path = tmp_path_factory.mktemp("pretrain") / "parts"
@@ -46,8 +46,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def images(folder):
-    return load_folder(folder)["pretrain"]
+def images(rendered):
+    return load_folder(rendered)["pretrain"]
 
 
 @pytest.fixture(scope="module")
@@ -387,13 +387,13 @@ pretrain(images, sys.argv[2], encoder="nano", crop=64, batch_size=int(sys.argv[3
 """
 
 
-def test_two_processes_give_the_losses_of_one(folder, tmp_path):
+def test_two_processes_give_the_losses_of_one(rendered, tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     runs = {}
     for processes, batch in ((1, 8), (2, 4)):
         out = tmp_path / f"out{processes}"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*launch, str(tmp_path / "run.py"), str(folder), str(out), str(batch), str(processes)]
+        command = [*launch, str(tmp_path / "run.py"), str(rendered), str(out), str(batch), str(processes)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
         assert run.returncode == 0, run.stderr[-2000:]

@@ -3,12 +3,11 @@
     python tools/make_weights.py render runs/weights/data
     python tools/make_weights.py train aoi-mae-small runs/weights/data runs/weights/aoi-mae-small --budget 5m
 
-Training devices have makers of their own (`drawn_maker`), in three picture sizes, each picture with its own drift; the five named makers, on
-which everything else in this project is measured, are never seen."""
+Training devices have makers of their own (`drawn_maker`), in three picture sizes, each picture with its own drift; the five
+named makers, on which everything else in this project is measured, are never seen."""
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 RECIPES = {  # what `pretrain` is called with
