@@ -202,7 +202,7 @@ class Branch(nn.Module):
         vit: ViTMAEModel,  # its weights are used, not copied
         head: Head,  # for the whole view and for its patches
         *,
-        pool: str = "cls",  # what stands for the whole view: "cls", its token, or "mean", of the patches
+        pool: str = "mean",  # what stands for the whole view: "mean", of its patches, or "cls", its token
     ):
         super().__init__()
         self.vit, self.head, self.pool = vit, head, pool
@@ -523,7 +523,7 @@ def new_distillation(
     vit: ViTMAEModel,  # of student and, copied, of the teacher
     *,
     objective: str = "dino",  # "dino" or "ibot"
-    pool: str = "cls",  # "cls" or "mean"
+    pool: str = "mean",  # "mean" or "cls"
     prototypes: int = 1024,  # K
     hidden: int = 1024,  # width of the head
     bottleneck: int = 256,  # length of what is compared
@@ -553,7 +553,7 @@ def distill(
     crop: int | None = None,  # pixels, a multiple of the patch size; 224 by default, less if images are smaller
     views: Views | None = None,  # how crops become views; None: 2 of the crop's size and 6 of 3/7 of it
     lights: str = "both",  # what global views show: "both" lights, one with the others "dropped", or one "repeated"
-    pool: str = "cls",  # what stands for a view: "cls" or "mean"
+    pool: str = "mean",  # what stands for a view: the mean of its patches; "cls": its token, as in the papers
     patch_size: int = 16,  # pixels per patch and side
     batch_size: int = 32,  # crops, of each process
     base_lr: float = 8e-3,  # for a batch of 256; at 32 it is 1e-3

@@ -88,8 +88,8 @@ RECIPES = {
     "dino-dropped": Recipe(_distill, {"objective": "dino", "lights": "dropped"}, "distill", "teacher.vit"),
     "dino-repeated": Recipe(_distill, {"objective": "dino", "lights": "repeated"}, "distill", "teacher.vit"),
     "ibot-dropped": Recipe(_distill, {"objective": "ibot", "lights": "dropped"}, "distill", "teacher.vit"),
-    "dino-mean": Recipe(_distill, {"objective": "dino", "pool": "mean"}, "distill", "teacher.vit"),
-    "ibot-mean": Recipe(_distill, {"objective": "ibot", "pool": "mean"}, "distill", "teacher.vit"),
+    "dino-cls": Recipe(_distill, {"objective": "dino", "pool": "cls"}, "distill", "teacher.vit"),
+    "ibot-cls": Recipe(_distill, {"objective": "ibot", "pool": "cls"}, "distill", "teacher.vit"),
     "hiera": Recipe(
         _hiera, {}, "hiera", "hiera", "hiera", {"hiera-stage3": {"stages": (3,)}, "hiera-stage2": {"stages": (2,)}}
     ),
