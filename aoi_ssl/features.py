@@ -193,7 +193,7 @@ def with_layers(
     layers = [int(n) for n in layers]
     if layers == encoder.layers:
         return encoder
-    return ViTEncoder(encoder.vit, mean=encoder.mean, std=encoder.std, layers=layers).train(encoder.training)
+    return ViTEncoder(encoder.vit, mean=encoder.mean, std=encoder.std, layers=layers).to(encoder.mean.device).train(encoder.training)
 
 
 def layer_count(

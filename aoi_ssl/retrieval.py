@@ -440,7 +440,8 @@ def _check_contents(
     "Raise `AoiError` if keys and encoder, or masks and classes, do not belong together."
     length, classes = tensors["keys"].shape[1], len(bank.classes)
     try:
-        expected = bank.space(torch.zeros(1, bank.encoder.dim), torch.zeros(1, 2)).shape[1]
+        there = next(bank.space.buffers(), bank.encoder.mean).device
+        expected = bank.space(torch.zeros(1, bank.encoder.dim, device=there), torch.zeros(1, 2, device=there)).shape[1]
     except RuntimeError:
         expected = "of a length that the feature space does not take"
     if length != expected:
