@@ -251,11 +251,11 @@ class Centre(Step):
     @classmethod
     def fit(cls, x: Tensor, places: Tensor, **options) -> "Centre":
         "The mean of the samples."
-        return cls({"mean": x.mean(0)}, **options)
+        return cls({"origin": x.mean(0)}, **options)
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         "(..., D)."
-        return x - self.mean
+        return x - self.origin
 
 # %% ../nbs/api/12_features.ipynb #b274c320
 class Whiten(Step):
@@ -273,11 +273,11 @@ class Whiten(Step):
         rank = max(1, int((variance > variance[0] * 1e-10).sum()))
         dims = min(int(dims), rank)
         scale = (variance[:dims] + shrink * variance.mean()).clamp(min=1e-12).rsqrt()
-        return cls({"mean": mean, "matrix": directions[:, :dims] * scale}, dims=dims, shrink=shrink)
+        return cls({"origin": mean, "matrix": directions[:, :dims] * scale}, dims=dims, shrink=shrink)
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         "(..., dims)."
-        return (x - self.mean) @ self.matrix
+        return (x - self.origin) @ self.matrix
 
 # %% ../nbs/api/12_features.ipynb #1713bf7f
 class Steady(Step):
