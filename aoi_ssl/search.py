@@ -214,11 +214,12 @@ def cluster(
 def _probe(
     queries: Tensor,  # (Q, D)
     centres: Tensor,  # (L, D)
-    margin: float,  # how much less similar than the nearest centre
+    reach: float,  # from 1: how many times as far as the nearest centre
 ) -> tuple[Tensor, Tensor]:  # query and list of each pair, sorted by list
     "Who searches which list."
     near, lists = (queries @ centres.T).topk(min(len(centres), max(16, len(centres) // 8)))
-    query, rank = (near >= near[:, :1] - margin).nonzero(as_tuple=True)
+    farthest = reach * (1 - near[:, :1]).clamp(min=0)
+    query, rank = (1 - near <= farthest.maximum(1 - near[:, :1])).nonzero(as_tuple=True)
     lists = lists[query, rank]
     order = lists.argsort(stable=True)
     return query[order], lists[order]
@@ -281,7 +282,7 @@ def _list_search(
     budget: int = 2**24,  # similarities at once
 ) -> tuple[Tensor, Tensor]:  # similarity (Q, k) and row (Q, k); -inf and -1 where the lists had too few
     "The nearest keys among those in the lists that each query looks into."
-    query, lists = _probe(queries, index.centres, float(index.reach * index.spread))
+    query, lists = _probe(queries, index.centres, float(index.reach))
     width = (-(-index.bounds.diff() // _GROUP) * _GROUP)[lists]
     size = int(width.sum())
     if size > budget and len(queries) > 1:
@@ -311,14 +312,14 @@ class IVFIndex(Index):
         *,
         dtype: str = "float16",  # how keys are stored: one of KEY_TYPES
         lists: int | None = None,  # how many; None: see `list_count`
-        reach: float = 1.5,  # how far a query looks around the nearest centre; more is slower, and misses less
+        reach: float = 2.0,  # from 1: lists are searched up to so many times the distance of the nearest centre
         seed: int = 0,  # of the centres
     ):
         super().__init__()
         centres = cluster(keys, min(len(keys), lists or list_count(len(keys))), seed=seed)
-        cosine, mine = (column.flatten() for column in top_k(keys.float(), centres, 1))
+        mine = top_k(keys.float(), centres, 1)[1].flatten()
         made_for, reach = (torch.tensor(number, device=keys.device) for number in (len(keys), float(reach)))
-        self._store(centres=centres, spread=1 - cosine.mean(), reach=reach, made_for=made_for)
+        self._store(centres=centres, reach=reach, made_for=made_for)
         self._deal(mine, torch.arange(len(keys), device=keys.device), *encode_keys(keys, dtype))
 
     def _deal(self, lists: Tensor, rows: Tensor, codes: Tensor, scale: Tensor) -> None:

@@ -145,11 +145,11 @@ def test_a_type_that_does_not_exist():
 
 @pytest.mark.parametrize("dtype", KEY_TYPES)
 def test_lists_find_nearly_all_and_look_at_little(dtype, keys, queries):
-    index = IVFIndex(keys, dtype=dtype, reach=1.0)
+    index = IVFIndex(keys, dtype=dtype, reach=1.5)
     similarity, rows = index.search(queries, 5)
     assert recall(queries, keys, rows, 5) > 0.92
     assert torch.allclose(similarity, (queries[:, None] * index.keys()[rows]).sum(-1), atol=1e-5)
-    query, lists = search._probe(queries, index.centres, float(index.spread))
+    query, lists = search._probe(queries, index.centres, 1.5)
     assert index.bounds.diff()[lists].sum() < 0.3 * len(queries) * len(keys)
 
 
@@ -161,7 +161,7 @@ def test_a_reach_over_everything_is_exact(keys, queries):
 
 def test_a_longer_reach_misses_less(keys, queries):
     index, found = IVFIndex(keys, dtype="float32"), []
-    for reach in (0.0, 0.5, 2.0):
+    for reach in (1.0, 1.5, 3.0):
         index.reach.fill_(reach)
         found.append(recall(queries, keys, index.search(queries, 5)[1], 5))
     assert found[0] < found[1] < found[2]
@@ -169,7 +169,7 @@ def test_a_longer_reach_misses_less(keys, queries):
 
 def test_lists_that_are_too_short_are_no_excuse(keys):
     "More neighbours than the nearest lists hold: the query is searched again, exactly."
-    index = IVFIndex(keys, dtype="float32", lists=300, reach=0.0)
+    index = IVFIndex(keys, dtype="float32", lists=300, reach=1.0)
     similarity, rows = index.search(keys[:20], 2000)
     assert (rows >= 0).all() and similarity.allclose((keys[:20] @ keys.T).topk(2000).values, atol=1e-5)
 
@@ -241,12 +241,12 @@ def test_rows_that_are_not_there(make, rows, keys):
 
 
 def test_a_bank_that_has_grown_gets_new_centres(keys, queries):
-    index = IVFIndex(keys[:1000], dtype="float16", reach=0.7)
+    index = IVFIndex(keys[:1000], dtype="float16", reach=1.7)
     index.add(keys[1000:3000])
     assert len(index.centres) == search.list_count(1000)
     index.add(keys[3000:])
     assert len(index.centres) == search.list_count(6000) and index.dtype == "float16"
-    assert float(index.reach) == pytest.approx(0.7)
+    assert float(index.reach) == pytest.approx(1.7)
     assert recall(queries, keys, index.search(queries, 5)[1], 5) > 0.9
 
 

@@ -80,7 +80,7 @@ def spaces(keys: Tensor, size: int) -> dict[str, Space]:
     centre = sample.mean(0)
     variance, axes = torch.linalg.eigh((sample - centre).T @ (sample - centre) / len(sample))
     scale = (variance.flip(0)[:size] + SHRINK * variance.mean()).rsqrt()
-    return made | {"whitened": Space(centre, axes.flip(1)[:, :size] * scale)}
+    return made | {"whitened": Space(centre, (axes.flip(1)[:, :size] * scale).contiguous())}
 
 
 def make_keys(encoder: Encoder, images: int, size: int, cache: Path) -> dict[str, Tensor]:
@@ -98,6 +98,7 @@ def make_keys(encoder: Encoder, images: int, size: int, cache: Path) -> dict[str
             made["raw"], first = (torch.cat(tensors)[:KEYS] for tensors in zip(*parts, strict=True))
             whitened = spaces(made["raw"], size)["whitened"]
             parts = [(whitened(made["raw"]).half(), first)]
+            made |= whitened._asdict()
         elif i >= DEVICES * EACH:
             parts.append((whitened(keys).half(), masks))
         print(f"\rimage {i + 1} of {images}, {time.perf_counter() - start:.0f} s", end="", flush=True)
@@ -225,7 +226,7 @@ def methods(data: dict[str, Tensor]) -> list[dict]:
     raw, masks, truth = data["raw"], data["masks"][: len(data["raw"])], data["truth"]
     truth = torch.from_numpy(np.unpackbits(truth.numpy(), axis=1)).bool()
     rows = [judge("plain: float32, exact", plain(raw, masks), F.normalize(data["queries"], dim=1), truth)]
-    for space, to in spaces(raw, data["whitened"].shape[1]).items():
+    for space, to in spaces(raw, data["axes"].shape[1]).items():
         keys, queries = torch.cat([to(part) for part in raw.split(2**16)]), to(data["queries"])
         options = {"queries": queries, "truth": truth, "recall": recall_of(queries, keys)}
         kinds = [("exact", ExactIndex, "float32"), ("lists", IVFIndex, "float16")]
@@ -242,7 +243,7 @@ def methods(data: dict[str, Tensor]) -> list[dict]:
 def reaches(keys: Tensor, masks: Tensor, queries: Tensor, truth: Tensor) -> list[dict]:
     "What `reach` buys."
     index, recall, rows = IVFIndex(keys), recall_of(queries, keys), []
-    for reach in (0.6, 0.8, 1.0, 1.25, 1.5, 2.0):
+    for reach in (1.0, 1.25, 1.5, 1.75, 2.0, 2.5):
         index.reach.fill_(reach)
         rows.append({"reach": reach, **judge(f"reach {reach}", packed(index, masks), queries, truth, recall=recall)})
     return rows
@@ -310,14 +311,14 @@ def draw(result: dict, file: Path) -> None:
             points = [(row["keys"], row[f"{name}_{what}"]) for row in sizes if f"{name}_{what}" in row]
             ax.loglog(*zip(*points, strict=True), "o-", label=label, markersize=4)
         ax.set(xlabel="keys in the bank", ylabel=unit)
-        ax.legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
     reach = result["reach"]
     exact = next(row for row in result["methods"] if row["method"] == "exact, float32, whitened")
-    axes[2].plot([row["search_s"] for row in reach], [row["miou"] for row in reach], "o-", label="lists, float16")
+    axes[2].plot([row["search_s"] for row in reach], [row["miou"] for row in reach], "o-", label="lists, by reach")
     for row in reach:
         axes[2].annotate(f"{row['reach']}", (row["search_s"], row["miou"]), xytext=(4, -9), textcoords="offset points", fontsize=8)
     axes[2].axhline(exact["miou"], color="grey", linestyle="--", label=f"exact, {exact['search_s']:.2f} s")
-    axes[2].set(xlabel="seconds for 1024 queries", ylabel="mIoU", title="by reach")
+    axes[2].set(xlabel="seconds for 1024 queries", ylabel="mIoU")
     axes[2].legend(frameon=False, fontsize=8)
     for name in ("rare classes first", "k-centre", "random"):
         points = [(row["part"], row["miou"]) for row in result["coreset"] if row["choice"] == name]
@@ -352,7 +353,7 @@ def main() -> None:
     with torch.inference_mode():
         data = make_keys(encoder, args.images, args.size, args.cache)
         made = time.perf_counter() - start
-        rows, to = methods(data), spaces(data["raw"], args.size)["whitened"]
+        rows, to = methods(data), Space(data["centre"], data["axes"])
         keys, queries = data["whitened"][: len(data["raw"])].float(), to(data["queries"])
         truth = torch.from_numpy(np.unpackbits(data["truth"].numpy(), axis=1)).bool()
         judged = (keys, data["masks"][: len(keys)], queries, truth)
