@@ -55,6 +55,7 @@ install-dev:  ## the same, with what developing it needs
 
 prepare: install-dev  ## after editing notebooks: export modules, clean notebooks, write README.md
 	@$(VENV)/bin/nbdev_export
+	@$(VENV)/bin/python tools/strip_state.py
 	@$(VENV)/bin/nbdev_clean
 	@$(VENV)/bin/python tools/make_readme.py
 

@@ -33,7 +33,7 @@ setup(
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     packages=find_packages(include=["aoi_ssl", "aoi_ssl.*"]),
-    package_data={"aoi_ssl": ["py.typed", "shipped/*/*"]},
+    package_data={"aoi_ssl": ["py.typed", "static/*", "shipped/*/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},

@@ -99,7 +99,7 @@ def test_no_forbidden_requirement():
 def test_imports_are_declared():
     "What a module imports is in the requirements, so that an empty environment has it."
     declared = {canonicalize_name(Requirement(r).name) for r in settings()["requirements"].split()}
-    names = {"PIL": "pillow", "IPython": "ipywidgets", "huggingface_hub": "transformers", "yaml": "transformers"}
+    names = {"PIL": "pillow", "IPython": "ipywidgets", "traitlets": "ipywidgets", "huggingface_hub": "transformers", "yaml": "transformers"}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             absolute = isinstance(node, ast.ImportFrom) and not node.level
@@ -222,7 +222,9 @@ def test_everything_public_is_documented(path):
 def test_notebook_is_fit_to_show(path):
     "Every cell ran without an error, outputs are committed, exported cells are short, the file is not a burden to git."
     assert path.stat().st_size < 2**20, f"{path.stat().st_size / 2**20:.1f} MiB: make its pictures fewer or smaller"
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert "widgets" not in notebook["metadata"], "it carries the state of widgets: run `make prepare`"
+    cells = notebook["cells"]
     for cell in cells:
         source = "".join(cell["source"])
         errors = [o for o in cell.get("outputs", []) if o["output_type"] == "error"]

@@ -169,13 +169,13 @@ def browser() -> None:
         print("  SKIPPED: no Chromium on PATH, so nothing was tested in a browser (Debian: apt-get install chromium).")
         TOTAL["skipped"] += 1
         return
-    pytest("tests/test_browser.py", report="browser", AOI_REQUIRE_BROWSER="1")
+    pytest("tests/test_browser.py", "tests/test_browser_widgets.py", report="browser", AOI_REQUIRE_BROWSER="1")
 
 
 STEPS: dict[str, tuple[str, Callable[[], None]]] = {
     "house": ("Style, and everything in step with the notebooks", house),
     "notebooks": ("Notebooks run", notebooks),
-    "tests": ("Tests", lambda: pytest("tests", "--ignore=tests/test_browser.py", report="tests")),
+    "tests": ("Tests", lambda: pytest("tests", "--ignore-glob=tests/test_browser*.py", report="tests")),
     "docs": ("Docs", docs),
     "wheel": ("The wheel in an empty environment", wheel),
     "browser": ("In a browser", browser),

@@ -1,0 +1,585 @@
+"Widgets without a browser: traits, messages of the page, errors, results, and the JavaScript as a module."
+
+import io
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from aoi_ssl import show, widgets
+from aoi_ssl.core import AoiError
+from aoi_ssl.encoder import PixelEncoder, ViTEncoder, mae_config, new_vit
+from aoi_ssl.explore import Explorer, explore
+from aoi_ssl.inspect import inspect, threshold_curves
+from aoi_ssl.metrics import binary_counts
+from aoi_ssl.predict import Segmenter
+from aoi_ssl.pretrain import Pretrained
+from aoi_ssl.retrieval import MemoryBank, remember_image
+from aoi_ssl.teach import Labels, stroke_mask, teach
+from aoi_ssl.watch import chart_series, watch
+from aoi_ssl.widgets import bank_mask
+
+CLASSES = ["wire", "ball", "wedge", "epoxy"]
+WIDGETS = ["explore", "inspect", "teach", "watch"]
+
+
+@pytest.fixture(scope="module")
+def scene():
+    "Two images of patches of four kinds, and their masks: kind k is class k."
+    rng = np.random.default_rng(0)
+    kinds = rng.random((4, 2, 8, 8), dtype=np.float32)
+    maps = rng.integers(0, 4, (2, 6, 8))
+    images = [torch.from_numpy(np.block([[[kinds[k, c] for k in row] for row in m] for c in (0, 1)])) for m in maps]
+    images = [i if i.ndim == 3 else i.reshape(2, 48, 64) for i in images]
+    masks = [torch.from_numpy(np.stack([np.kron(m == k, np.ones((8, 8), bool)) for k in range(4)])) for m in maps]
+    return images, masks, maps
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return PixelEncoder(channels=2, patch_size=8)
+
+
+@pytest.fixture(scope="module")
+def bank(scene, encoder):
+    images, masks, _ = scene
+    item = {"image": images[1], "mask": masks[1], "ignore": None}
+    record = {"stem": "b_01", "device": "d1", "height": 48, "width": 64, "classes": CLASSES}
+    return MemoryBank(encoder, CLASSES, remember_image(item, encoder), [record])
+
+
+def from_page(handle, **state):
+    "Change traits as the page does."
+    handle.set_state(state)
+
+
+# the page's half
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_the_page_is_one_module_that_asks_nobody(name):
+    text = widgets.page_module(name)
+    assert not re.search(r"^\s*(import|export (?!default))", text, re.M)
+    assert text.count("export default") == 1
+    assert "fetch(" not in text and "XMLHttpRequest" not in text and "import(" not in text
+    assert re.findall(r"https?://[^\"\s)]+", text + widgets.page_style()) == ["http://www.w3.org/2000/svg"]
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no node on PATH")
+@pytest.mark.parametrize("name", WIDGETS)
+def test_the_page_is_sound_javascript(name):
+    command = ["node", "--check", "--input-type=module"]
+    done = subprocess.run(command, input=widgets.page_module(name), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# pictures
+
+
+def test_tiles_put_together_are_the_picture():
+    image = torch.rand(2, 700, 1100, generator=torch.Generator().manual_seed(0))
+    extra = np.zeros((2, 700, 1100), np.uint8)
+    extra[1, 333] = 255
+    planes = widgets.Planes(image, extra=extra)
+    assert planes.meta()["level"] == 1 and planes.meta()["planes"] == 4
+
+    def read(files):
+        return np.concatenate([np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in files])[:4]
+
+    whole = np.concatenate([np.concatenate([read(planes.tile(0, r, c)) for c in range(3)], 2) for r in range(2)], 1)
+    assert (whole == planes.data).all()
+    small = read(planes.overview())
+    assert small.shape == (4, 350, 550)
+    assert (small[3, 166] == 255).all() and (np.delete(small[3], 166, 0) == 0).all()  # a thin line is not lost
+    assert abs(small[0].mean() - planes.data[0].mean()) < 0.5
+    assert (widgets.Planes(image).data[0] / 255 * planes.white + planes.black * 0 - image[0].numpy()).max() < 0.01
+
+
+def test_false_colour_is_that_of_show():
+    image = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    weights = np.array(widgets.Planes(image).meta()["colours"])
+    assert np.allclose(np.einsum("chw,cr->hwr", image, weights), show.false_colour(image), atol=1e-6)
+
+
+# explore
+
+
+def test_what_is_held_and_what_is_similar(scene, encoder):
+    images, _, maps = scene
+    handle = explore(images[0], encoder, others=[images[1]])
+    assert handle.similarity is None and handle.query is None and handle.similarities == []
+    handle.hold(0, 0)
+    assert handle.held == [{"image": 0, "row": 0, "column": 0, "minus": False}]
+    for found, kinds in zip(handle.similarities, maps, strict=True):  # patches of one kind are the same
+        assert ((found > 0.9999) == (kinds == maps[0][0, 0])).all()
+    from_page(handle, held=[{"image": 1, "row": 2, "column": 3, "minus": False}])
+    assert ((handle.similarity > 0.9999) == (maps[0] == maps[1][2, 3])).all()
+
+
+def test_held_patches_are_averaged_and_subtracted(scene, encoder):
+    images, _, maps = scene
+    handle = explore(images[0], encoder)
+    a, b = (np.argwhere(maps[0] == k)[0] for k in (0, 1))
+    handle.hold(*(a * 8)).hold(*(b * 8), add=True)
+    grid = handle.embeddings[0]
+    mean = torch.nn.functional.normalize(grid[tuple(a)] + grid[tuple(b)], dim=-1)
+    assert np.allclose(handle.similarity, (grid @ mean).numpy(), atol=1e-6)
+    handle.hold(*(a * 8)).hold(*(b * 8), minus=True)
+    less = torch.nn.functional.normalize(grid[tuple(a)] - grid[tuple(b)], dim=-1)
+    assert np.allclose(handle.similarity, (grid @ less).numpy(), atol=1e-6)
+
+
+def test_the_page_gets_the_same_embeddings(scene, encoder):
+    handle = explore(scene[0][0], encoder, space="whitened")
+    grid, sent = handle.embeddings[0], handle.grids[0]
+    numbers = np.frombuffer(handle.packed[0], np.int8).reshape(sent["rows"], sent["columns"], sent["dim"])
+    again = numbers * np.frombuffer(handle.packed_scales[0], np.float32).reshape(sent["rows"], sent["columns"], 1)
+    assert np.abs(again - grid.numpy()).max() < 0.01 and sent["patch"] == 8
+
+
+def test_neighbours_come_from_the_bank(scene, encoder, bank):
+    images, _, maps = scene
+    handle = explore(images[0], encoder, bank, bank_images={"b_01": images[1]}, k=3)
+    assert handle.near == [] and "Hold" in handle.bank_note
+    handle.hold(0, 0)
+    table = handle.neighbours
+    assert isinstance(table, pd.DataFrame) and len(table) == 3
+    assert (table.similarity > 0.9999).all() and set(table.stem) == {"b_01"}
+    assert all(maps[1][r.row, r.column] == maps[0][0, 0] for r in table.itertuples())
+    assert [n["key"] for n in handle.near] == table.key.tolist() and len(handle.thumbs) == 3
+    assert handle.near[0]["labels"] == CLASSES[maps[0][0, 0]]
+    handle.space = "whitened"
+    assert (handle.neighbours.similarity > 0.999).all()
+
+
+def test_a_neighbour_is_shown_in_its_place(scene, encoder, bank):
+    images, masks, _ = scene
+    handle = explore(images[0], encoder, bank, bank_images={"b_01": images[1]}, held=[(0, 0)])
+    handle._handle_custom_msg({"kind": "place", "key": handle.near[0]["key"]}, [])
+    assert handle.error == "" and handle.place["stem"] == "b_01" and handle.place["side"] == 8
+    assert (bank_mask(bank, "b_01") == masks[1].numpy()).all()
+    assert (handle._planes["place_0"].data[2:] == masks[1].numpy() * 255).all()
+
+
+def test_layers_of_a_vit(scene):
+    vit = ViTEncoder("nano", patch_size=8)
+    handle = explore(scene[0][0], vit, held=[(0, 0)])
+    assert handle.layers == [None, 1, 2]
+    last = handle.similarity
+    handle.layer = 1
+    assert not np.allclose(handle.similarity, last)
+    handle.layer = 2
+    assert np.allclose(handle.similarity, last, atol=1e-6)
+    with pytest.raises(AoiError, match="7"):
+        handle.layer = 7
+    assert handle.layer == 2
+
+
+def test_errors_of_the_page_are_shown_and_the_state_holds(scene, encoder):
+    handle = explore(scene[0][0], encoder, held=[(0, 0)])
+    from_page(handle, held=[{"image": 0, "row": 99, "column": 0, "minus": False}])
+    assert "99" in handle.error and handle.held[0]["row"] == 0
+    handle.error = ""
+    from_page(handle, light=5, opacity=0.5)
+    assert "light=5" in handle.error and handle.light == 0
+    handle.error = ""
+    handle._handle_custom_msg({"kind": "place", "key": 12345}, [])
+    assert handle.error
+    with pytest.raises(AoiError, match="bank"):
+        handle.neighbours  # noqa: B018
+    with pytest.raises(AoiError, match="outside"):
+        handle.held = [(48, 0)]
+
+
+def test_explore_and_its_twin_draw_the_same(scene, encoder, bank):
+    images = scene[0]
+    options = {
+        "others": [images[1]],
+        "held": [(8, 8), (20, 20)],
+        "bank_images": {"b_01": images[1]},
+        "colours": "cividis",
+    }
+    handle = explore(images[0], encoder, bank, **options)
+    live, still = handle.picture(), show.explore(images[0], encoder, bank, **options)
+    pixels = [np.asarray(Image.open(io.BytesIO(f._repr_png_())).convert("RGB")).astype(int) for f in (live, still)]
+    assert pixels[0].shape == pixels[1].shape and np.abs(pixels[0] - pixels[1]).mean() < 0.5
+    for overlay in ("pca", "none"):
+        handle.overlay = overlay
+        assert handle.picture().alt
+    assert isinstance(handle, Explorer)
+
+
+# inspect
+
+
+class Known(Segmenter):
+    "Gives the probabilities that it was made with; says what is novel."
+
+    kind = "known"
+
+    def __init__(self, probabilities):
+        super().__init__(CLASSES, 2)
+        self.probabilities = probabilities
+
+    def predict(self, images):
+        return self.probabilities.expand(len(images), *self.probabilities.shape)
+
+    def novelty(self, image):
+        return self.probabilities[0]
+
+
+@pytest.fixture
+def segmenters(scene):
+    generator = torch.Generator().manual_seed(0)
+    truth = scene[1][0].float()
+    return {
+        n: Known((truth * 0.5 + a * torch.rand(truth.shape, generator=generator)).clamp(0, 1))
+        for n, a in (("a", 0.4), ("b", 0.5))
+    }
+
+
+def test_scores_follow_the_thresholds_exactly(scene, segmenters):
+    images, masks, _ = scene
+    ignore = torch.zeros_like(masks[0])
+    ignore[:, :10] = True
+    handle = inspect(images[0], segmenters, masks[0], ignore=ignore)
+    handle.set_threshold("ball", 0.37).set_threshold("epoxy", 0.61, segmenter="b")
+    assert handle.thresholds == [[0.5, 0.37, 0.5, 0.5], [0.5, 0.37, 0.5, 0.61]]
+    for s, (name, segmenter) in enumerate(segmenters.items()):
+        mask = segmenter.probabilities > torch.tensor(handle.thresholds[s])[:, None, None]
+        assert (handle.masks[name] == mask.numpy()).all()
+        tp, fp, fn = binary_counts(mask, masks[0], ignore).double().T
+        table = handle.scores[handle.scores.segmenter == name]
+        assert np.allclose(table.iou, tp / (tp + fp + fn))
+        for k, t in enumerate(handle.thresholds[s]):  # what the page reads from the curve
+            assert abs(handle.curves[s][k]["iou"][round(100 * t)] - (tp / (tp + fp + fn))[k]) < 1e-4
+
+
+def test_the_page_gets_probabilities_truth_and_novelty(scene, segmenters):
+    images, masks, _ = scene
+    handle = inspect(images[0], segmenters, masks[0])
+    data = handle._planes["0"].data
+    assert data.shape == (2 + 4 + 4 + 4 + 4 + 2, 48, 64)
+    assert np.abs(data[2:6] / 255 - segmenters["a"].probabilities.numpy()).max() <= 0.5 / 255 + 1e-6
+    assert (data[10:14] == masks[0].numpy() * 255).all() and not data[14:18].any()
+    assert handle.has_novelty and data[18:].min() == 0 and data[18:].max() == 255
+
+
+def test_why_a_pixel(scene, bank, segmenters):
+    images, masks, maps = scene
+    handle = inspect(images[0], {"bank": bank}, masks[0], bank_images={"b_01": images[1]})
+    table = handle.ask(12, 20)
+    kind = maps[0][1, 2]
+    assert table.loc[table.predicted, "class"].tolist() == [CLASSES[kind]] == table.loc[table.truth, "class"].tolist()
+    assert len(handle.near) == 5 and all(n["labels"] == CLASSES[kind] for n in handle.near)
+    handle.pixel = None
+    assert handle.why == [] and handle.near == []
+    from_page(handle, pixel={"y": 99, "x": 0})
+    assert "99" in handle.error and handle.pixel is None
+    assert inspect(images[0], segmenters["a"], masks[0]).ask(1, 1) is not None  # no bank, no neighbours
+
+
+def test_inspect_says_what_does_not_fit(scene, segmenters):
+    images, masks, _ = scene
+    with pytest.raises(AoiError, match="truth"):
+        inspect(images[0], segmenters["a"]).scores  # noqa: B018
+    with pytest.raises(AoiError, match="truth has 2 layers"):
+        inspect(images[0], segmenters["a"], masks[0][:2])
+    handle = inspect(images[0], segmenters["a"])
+    with pytest.raises(AoiError, match="numbers from 0"):
+        handle.thresholds = [[0.5]]
+    with pytest.raises(AoiError, match="wedge"):
+        handle.set_threshold("tape", 0.5)
+    handle._handle_custom_msg({"kind": "apply"}, [])
+    assert handle.error == ""
+
+
+def test_thresholds_are_applied_only_when_asked(scene, segmenters):
+    handle = inspect(scene[0][0], segmenters, thresholds={"a": [0.1, 0.2, 0.3, 0.4]})
+    assert segmenters["a"].thresholds.tolist() == [0.5] * 4
+    handle.apply()
+    assert np.allclose(segmenters["a"].thresholds.tolist(), [0.1, 0.2, 0.3, 0.4])
+
+
+def test_inspect_and_its_twin_draw_the_same(scene, segmenters):
+    images, masks, _ = scene
+    for overlay in ("mask", "errors", "probability", "novelty", "none"):
+        handle = inspect(images[0], segmenters, masks[0], overlay=overlay, shown=["wire", "ball"])
+        twin = show.inspect(images[0], segmenters, masks[0], overlay=overlay, shown=["wire", "ball"])
+        assert handle.picture().alt == twin.alt
+        assert handle.picture()._repr_png_() == twin._repr_png_()
+
+
+def test_curves_of_a_hand_computed_case():
+    p = torch.tensor([[[0.2, 0.4, 0.6, 0.8]]])
+    found = threshold_curves(
+        p, torch.tensor([[[False, True, True, True]]]), torch.tensor([[[False, False, False, True]]])
+    )[0]
+    assert (
+        found["iou"][10] == round(2 / 3, 4)
+        and found["iou"][30] == 1
+        and found["iou"][50] == 0.5
+        and found["recall"][70] == 0
+    )
+
+
+# teach
+
+
+@pytest.fixture
+def pair(scene):
+    return {"one": scene[0][0], "two": scene[0][1]}
+
+
+def test_strokes_cover_what_they_say():
+    image = np.zeros((2, 20, 30), np.float32)
+    assert np.argwhere(stroke_mask(image, "brush", [(4, 4)], size=1)).tolist() == [[4, 4]]
+    line = stroke_mask(image, "line", [(2.5, 10.5), (20.5, 10.5)], size=3)
+    assert line[9:12, 3:20].all() and line.sum(1).nonzero()[0].tolist() == [9, 10, 11]
+    square = stroke_mask(image, "polygon", [(2, 3), (8, 3), (8, 9), (2, 9)])
+    assert np.argwhere(square).min(0).tolist() == [3, 2] and square.sum() == 36
+    image[:, 5:9, 5:9] = 1
+    assert (stroke_mask(image, "flood", [(6, 6)]) == (image[0] > 0)).all()
+    for wrong in (
+        ("line", [(1, 1)]),
+        ("polygon", [(1, 1), (2, 2)]),
+        ("spray", [(1, 1)]),
+        ("brush", [(-5, -5)]),
+        ("flood", [(99, 1)]),
+    ):
+        with pytest.raises(AoiError):
+            stroke_mask(image, *wrong)
+
+
+def test_classes_overlap_unless_replaced_and_background_clears(pair, encoder):
+    handle = teach(pair, encoder, classes=CLASSES, learning=False)
+    square = [(0, 0), (8, 0), (8, 8), (0, 8)]
+    handle.paint("epoxy", "polygon", square).paint("wire", "polygon", square)
+    assert handle.labels[:, 2, 2].tolist() == [True, False, False, True] and handle.known.sum() == 64
+    handle.paint("ball", "polygon", square, only=True)
+    assert handle.labels[:, 2, 2].tolist() == [False, True, False, False]
+    handle.paint("background", "polygon", square)
+    assert not handle.labels[:, 2, 2].any() and handle.known[2, 2]
+    handle.paint(None, "polygon", square)
+    assert not handle.known.any()
+    for _ in range(5):
+        handle.undo()
+    assert not handle.known.any() and not handle.state["undo"] and handle.state["redo"]
+    handle.redo().redo()
+    assert handle.labels[:, 2, 2].tolist() == [True, False, False, True]
+    assert not handle.undo().paint("ball", "polygon", square).state["redo"]  # a new stroke ends what was undone
+
+
+def test_the_bank_learns_only_what_is_labelled(pair, encoder, scene):
+    handle = teach(pair, encoder, classes=CLASSES)
+    assert handle.prediction.max() == 0 and len(handle.bank.keys) == 0
+    row, column = np.argwhere(scene[2][0] == 2)[0]
+    y, x = row * 8, column * 8
+    handle.paint("wedge", "polygon", [(x, y), (x + 8, y), (x + 8, y + 8), (x, y + 8)])
+    assert len(handle.bank.keys) == 1 and len(handle.bank.images) == 1
+    assert handle.prediction.max() == 0 and "not wedge" in handle.state["hint"]  # nothing is known that is no wedge
+    handle.rest()
+    assert handle.state["hint"] == ""
+    assert len(handle.bank.keys) == 48
+    assert handle.undo().undo() is handle and len(handle.bank.keys) == 0 and handle.bank.images == []
+
+
+def test_a_patch_that_is_taught_is_found_in_the_next_image(pair, encoder, scene):
+    "All patches of kind 2 in image one are painted wedge, the rest is background: image two has the wedges where kind 2 is."
+    _, masks, maps = scene
+    handle = teach(pair, encoder, classes=CLASSES, learning=False)
+    for row, column in np.argwhere(maps[0] == 2):
+        y, x = row * 8, column * 8
+        handle.paint("wedge", "polygon", [(x, y), (x + 8, y), (x + 8, y + 8), (x, y + 8)])
+    handle.rest().learn()
+    handle.go(1)
+    assert ((handle.prediction[2] > 0.5) == masks[1][2].numpy()).all() and not (
+        handle.prediction[[0, 1, 3]] > 0.5
+    ).any()
+    handle.accept()
+    assert handle.known.all() and (handle.labels[2] == masks[1][2].numpy()).all()
+    assert handle.progress.stem.tolist() == ["one", "two"] and handle.suggest() == 0
+
+
+def test_the_journal_survives_the_kernel(pair, encoder, tmp_path):
+    options = {"classes": CLASSES, "journal": tmp_path / "j.jsonl"}
+    before = teach(pair, encoder, **options)
+    before.paint("wire", "line", [(3, 3), (40, 30)], size=3).paint("epoxy", "circle", [(20, 20), (26, 20)])
+    before.undo().redo().rest().go(1).accept().paint("ball", "brush", [(9, 9)], size=4)
+    after = teach(pair, encoder, **options)
+    assert after.index == 1
+    for i in range(2):
+        assert (after.labels_of(i).mask == before.labels_of(i).mask).all() and (
+            after.labels_of(i).known == before.labels_of(i).known
+        ).all()
+        assert np.allclose(after.go(i).prediction, before.go(i).prediction)
+    assert after.go(1).undo().labels[1].sum() == 0  # what was done before can be undone
+    with pytest.raises(AoiError, match="same classes"):
+        teach(pair, encoder, classes=["wire"], journal=tmp_path / "j.jsonl")
+    with pytest.raises(AoiError, match="not among"):
+        teach({"two": pair["two"]}, encoder, **options)
+
+
+def test_masks_are_saved_in_the_contract_and_never_replaced_unasked(folder, tmp_path):
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.encoder import PixelEncoder
+
+    dataset = load_folder(folder)["pretrain"].select([0, 1])
+    encoder = PixelEncoder(channels=2)
+    handle = teach(dataset, encoder, classes=CLASSES, out=tmp_path / "masks", learning=False)
+    handle.paint("wire", "line", [(10, 10), (100, 80)], size=5).paint("background", "circle", [(200, 200), (220, 200)])
+    handle.go(1).paint("ball", "circle", [(50, 50), (60, 50)]).rest()
+    table = handle.save()
+    assert (
+        table.stem.tolist() == list(dataset["stem"]) and handle.save() is not None
+    )  # its own files may be written again
+    loaded = load_folder(folder, masks=tmp_path / "masks", classes=CLASSES)
+    rows = {r["stem"]: r for split in loaded.values() for r in split if r["labelled"]}
+    for i, stem in enumerate(table.stem):
+        assert (rows[stem]["mask"].numpy() == handle.labels_of(i).mask).all()
+        assert (rows[stem]["ignore"].numpy() == ~handle.labels_of(i).known).all()
+    other = teach(
+        dataset, encoder, classes=CLASSES, out=tmp_path / "masks", journal=tmp_path / "other.jsonl", learning=False
+    )
+    with pytest.raises(AoiError, match="no label"):
+        other.save()
+    other.paint("wire", "line", [(10, 10), (20, 20)])
+    with pytest.raises(AoiError, match="there already"):
+        other.save()
+    other._handle_custom_msg({"kind": "save"}, [])
+    assert "Replace them?" in other.question and other.error == ""
+    other._handle_custom_msg({"kind": "save", "overwrite": True}, [])
+    assert other.question == "" and "Saved" in other.state["hint"]
+    bits = teach(dataset, encoder, classes=["wire"], learning=False)
+    with pytest.raises(AoiError, match="Where to"):
+        bits.save()
+
+
+def test_the_page_of_teach(pair, encoder):
+    handle = teach(pair, encoder, classes=CLASSES)
+    sent = []
+    handle.send = lambda content, buffers=None: sent.append((content, buffers))
+    handle._handle_custom_msg(
+        {"kind": "paint", "id": 7, "tool": "line", "class": "wire", "points": [[2, 2], [30, 30]], "size": 3}, []
+    )
+    assert handle.labels[0].any() and handle.error == ""
+    assert [c["kind"] for c, _ in sent] == ["update", "update", "done"] and sent[-1][0]["done"] == 7
+    update, buffers = sent[0]
+    planes = np.concatenate([np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in buffers])[
+        : update["count"]
+    ]
+    assert (
+        update["start"] == 2 and (planes[0] == handle.labels[0] * 255).all() and (planes[4] == handle.known * 255).all()
+    )
+    handle._handle_custom_msg(
+        {"kind": "paint", "id": 8, "tool": "polygon", "class": "wire", "points": [[2, 2]], "size": 3}, []
+    )
+    assert "3 points" in handle.error and sent[-1][0] == {
+        "kind": "done",
+        "done": 8,
+    }  # the trace of a failed stroke disappears
+    handle._handle_custom_msg({"kind": "go", "index": 1}, [])
+    assert handle.index == 1 and handle.sources[0]["name"] == "two" and handle.next_index == 0
+    from_page(handle, brush="tape")
+    assert "tape" in handle.error and handle.brush == "wire"
+    from_page(handle, index=5)
+    assert handle.index == 1
+    assert handle.picture().alt
+
+
+def test_a_bank_that_is_given_goes_on_learning(pair, encoder, bank):
+    import copy
+
+    bank = copy.deepcopy(bank)
+    handle = teach(pair, bank.encoder, bank)
+    assert handle.classes == CLASSES and handle.prediction.max() > 0
+    patches = len(bank.keys)
+    handle.paint("wire", "line", [(0, 0), (63, 0)], size=2)
+    assert len(bank.keys) == patches + 8 and [r["stem"] for r in bank.images] == ["b_01", "one"]
+    with pytest.raises(AoiError, match="classes"):
+        teach(pair, bank.encoder, bank, ["tape"])
+
+
+def test_undoing_restores_overlaps():
+    labels = Labels(np.ones((2, 4, 4), bool), np.ones((4, 4), bool))
+    where = np.eye(4, dtype=bool)
+    labels.change(where, np.zeros((2, 4), bool), False)
+    assert not labels.mask[:, where].any() and labels.mask.sum() == 24
+    labels.undo()
+    assert labels.mask.all() and labels.known.all()
+
+
+# watch
+
+
+@pytest.fixture(scope="module")
+def trained():
+    from transformers import ViTMAEForPreTraining
+
+    mae = new_vit(mae_config("nano", patch_size=8, image_size=32), model=ViTMAEForPreTraining).eval()
+    history = pd.DataFrame({"step": range(50), "seconds": np.arange(50.0), "lr": 1e-3, "loss": np.linspace(1, 0.5, 50)})
+    return Pretrained(ViTEncoder(mae.vit), mae, history)
+
+
+def test_a_run_is_rebuilt_at_any_mask_ratio(scene, trained):
+    image = scene[0][0][:, :32]  # two windows of pre-training
+    handle = watch(trained, image, held=(9, 17), mask_ratio=0.25)
+    assert handle.rebuilt.hidden.float().mean() == 0.25 and handle.snapshots == ["untrained", "trained"]
+    assert [s["name"] for s in handle.sources] == ["image", "seen", "rebuilt"]
+    from_page(handle, mask_ratio=0.75)
+    assert handle.rebuilt.hidden.float().mean() == 0.75
+    expected = trained.reconstruct(image[None], 0.75, seed=0).rebuilt
+    assert torch.equal(handle.rebuilt.rebuilt, expected)
+    from_page(handle, seed=1)
+    assert not torch.equal(handle.rebuilt.rebuilt, expected)
+    grid = trained.encoder.encode(image[None])[0]
+    found = show.similarity_map(grid, grid[1, 2]).numpy()
+    assert np.allclose(handle.similarities["trained"], found, atol=1e-6) and found[1, 2] > 0.9999
+    assert np.abs(np.frombuffer(handle.maps[1], np.uint8).reshape(4, 8) / 255 - found.clip(0, 1)).max() < 0.003
+    assert handle.picture().alt and "50 steps" in handle.status
+    from_page(handle, held=[99, 0])
+    assert "99" in handle.error and handle.held == [9, 17]
+
+
+def test_a_live_run_is_followed_to_its_end(folder, tmp_path):
+    "A checkpoint beside the folder, then the folder: what is on the page goes on."
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.pretrain import pretrain
+    from aoi_ssl.train import _Run
+
+    dataset = load_folder(folder)["pretrain"].select([0, 1])
+    with pytest.raises(AoiError, match="no run"):
+        watch(tmp_path / "mae")
+    options = {"encoder": "nano", "crop": 64, "batch_size": 2, "progress": False, "augment": False}
+    done = pretrain(dataset, tmp_path / "mae", budget="6 steps", **options)
+    (tmp_path / "mae").rename(tmp_path / "later")
+    run = _Run({"config": done.mae.config.to_json_string()}, step=3, history=done.history.head(3).to_dict("records"))
+    run.save(tmp_path / "mae.checkpoint", done.mae, torch.optim.SGD(done.mae.parameters(), lr=0.1))
+    handle = watch(tmp_path / "mae", dataset[0]["image"])
+    assert handle.live and len(handle.history) == 3 and "running" in handle.status and handle.rebuilt is not None
+    assert not handle.poll()
+    (tmp_path / "later").rename(tmp_path / "mae")
+    (tmp_path / "mae.checkpoint").unlink()
+    handle._handle_custom_msg({"kind": "poll"}, [])
+    assert handle.error == "" and not handle.live and len(handle.history) == 6 and len(handle.series[0]["x"]) == 6
+
+
+def test_several_runs_and_histories_alone(trained):
+    handle = watch({"a": trained, "b": trained.history.head(20)})
+    assert [s["label"] for s in handle.series] == ["a loss", "b loss"] and not handle.has_rebuilt
+    assert set(handle.history) == {"a", "b"} and handle.picture().alt.startswith("Curves")
+    assert chart_series({"": pd.DataFrame({"step": [0, 1], "loss": [np.nan, np.nan]})}) == []
+
+
+def test_watch_and_its_twin_draw_the_same(scene, trained):
+    snapshots = {"one": trained.encoder}
+    options = {"snapshots": snapshots, "held": (9, 17), "mask_ratio": 0.5}
+    assert (
+        watch(trained, scene[0][0], **options).picture()._repr_png_()
+        == show.watch(trained, scene[0][0], **options)._repr_png_()
+    )
