@@ -193,8 +193,7 @@ def bank(
     encoder: Annotated[Path, typer.Option(help="Folder of the encoder.")] = Path("runs/encoder"),
     out: Out = Path("runs/bank"),
     k: Annotated[int | None, typer.Option(help="Neighbours that vote; by default cross-validation chooses.")] = None,
-    aggregation: Annotated[str, typer.Option(help="similarity or attention.")] = "similarity",
-    granularity: Annotated[str, typer.Option(help="patch or image.")] = "patch",
+    method: Annotated[str, typer.Option(help="aligned, fast, finest, or paper: the paper's.")] = "aligned",
     split: Split = None,
     device: Device = None,
     overwrite: Overwrite = False,
@@ -208,8 +207,7 @@ def bank(
 
     check_free(out, overwrite=overwrite)
     images = _images(folder, reading, split=split, device=device, labelled=True)
-    options = {"k": k, "aggregation": aggregation, "granularity": granularity}
-    result = build_bank(images, Encoder.from_pretrained(encoder), **options, progress=True)
+    result = build_bank(images, Encoder.from_pretrained(encoder), method=method, k=k, progress=True)
     result.save(out, overwrite=overwrite)
     typer.echo(f"{result!r} written to {out}.")
 

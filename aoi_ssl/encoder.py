@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'check_images', 'pad_to', 'to_windows', 'from_windows', 'q
 
 # %% ../nbs/api/08_encoder.ipynb #89556bdf
 import hashlib
+import importlib
 import inspect
 import json
 from collections.abc import Iterator, Sequence
@@ -222,12 +223,17 @@ class Encoder(_Saved):
         return _load_encoder(cls, resolve_encoder(folder), channels)
 
 # %% ../nbs/api/08_encoder.ipynb #70da42f0
+_ELSEWHERE = {"hiera": "aoi_ssl.hiera"}  # kind -> the module that defines it
+
+
 def _load_encoder(cls: type[Encoder], folder: Path, channels: int | None) -> Encoder:
     "See `Encoder.from_pretrained`."
     if not (folder / "encoder.json").exists():
         raise AoiError(f"There is no encoder {folder}: no folder with an encoder.json, and none that ships. Check the path, or "
                        f"use one of {', '.join(shipped_encoders())}.")  # fmt: skip
     settings = read_json(folder / "encoder.json")
+    if module := _ELSEWHERE.get(settings.get("kind")):
+        importlib.import_module(module)
     found = Encoder.kinds.get(settings.get("kind"))
     if found is None or not issubclass(found, cls):
         raise AoiError(f"{folder} holds an encoder of kind {settings.get('kind')!r}; "

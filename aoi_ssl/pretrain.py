@@ -252,7 +252,7 @@ def _batches(crops: CropStore, encoder: ViTEncoder, size: int, augment: Augment 
 def _open_crops(dataset, crops: CropStore | None, folder: Path | None, crop: int, seed: int, process, progress: bool) -> CropStore:
     "Decode the images once, in the main process; on a GPU with room enough they live there."
     if crops is not None:
-        crops.seed = seed
+        crops.seed, crops.epoch = seed, None
     elif folder is None:
         crops = store_images(dataset, cell=crop, seed=seed, progress=progress)
     else:

@@ -240,13 +240,14 @@ def fit(
     patience: int | None = None,  # stop after so many validations in a row without a better score
     precision: str = "auto",  # "fp32", "bf16" (autocast), or "auto": bf16 on a GPU that has it, else fp32
     clip: float | None = None,  # largest norm of the gradient
+    after_step: Callable[[float], dict | None] | None = None,  # share of the budget spent -> figures for the history
     save_every: float = 60.0,  # seconds between checkpoints
     settings: dict | None = None,  # of the run, plain values; resuming with others is refused
     images: int | None = None,  # images in a step, of all processes; their number a second is shown
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name ("tensorboard", "wandb" ...) or as objects
     progress: bool = True,  # show a bar
     label: str = "training",  # beside the bar
-) -> pd.DataFrame:  # a row a step: step, seconds, lr, loss, and validation_* where there was one
+) -> pd.DataFrame:  # a row a step: step, seconds, lr, loss, validation_* where there was one, figures of after_step
     """Train until the budget is spent.
 
     Raises `AoiError` for a plan that cannot work, a loss that is not finite, or a checkpoint of another run;
@@ -275,7 +276,7 @@ def fit(
             torch.manual_seed(step_seed(seed, index))
             data = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch(index).items()}
             loop.note(_take_step(prepared, loss, data, optimizer, accelerator, autocast=autocast, clip=clip), bool(pressed))
-            loop.judge(validate, validations)
+            loop.judge(validate, validations, after_step)
             loop.keep(save_every)
             bar.n = round(100 * loop.spent, 1)
             bar.set_postfix_str(_summary(run, images), refresh=False)
@@ -340,9 +341,11 @@ class _Loop:
             row["loss"] = value
         self.accelerator.log({k: v for k, v in rows[-1].items() if k != "step"}, step=rows[-1]["step"])
 
-    def judge(self, validate, validations: int) -> None:
-        "Validate when the next share of the budget is spent, and at its end."
+    def judge(self, validate, validations: int, after_step) -> None:
+        "Let others follow the step; validate when the next share of the budget is spent, and at its end."
         run = self.run
+        if after_step is not None:
+            run.history[-1].update(after_step(self.spent) or {})
         if validate is None or self.spent < min(1.0, (run.validated + 1) / validations):
             return
         self.prepared.eval()

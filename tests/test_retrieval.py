@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,28 +15,31 @@ from aoi_ssl import retrieval
 from aoi_ssl.core import AoiError
 from aoi_ssl.data import class_names, load_folder
 from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder
+from aoi_ssl.features import embed
 from aoi_ssl.metrics import THRESHOLDS, threshold_counts
+from aoi_ssl.patches import guided_filter, patchify_mask, rim_weights, unpatchify_mask
 from aoi_ssl.predict import Segmenter, predict_image
 from aoi_ssl.retrieval import (
     MemoryBank,
-    aggregate,
+    Recipe,
     attention_weights,
     build_bank,
     cross_validate,
-    embed,
+    estimate_bank,
     held_out_search,
-    pack_bits,
+    judged_regions,
+    learn_space,
     patch_folds,
     patch_images,
     patch_masks,
-    patchify_mask,
+    region_masks,
     remember_image,
     similarity_weights,
-    top_k,
-    unpack_bits,
-    unpatchify_mask,
+    turned,
 )
+from aoi_ssl.search import aggregate, pack_bits, top_k, unpack_bits
 
+paper_bank = partial(build_bank, method="paper")
 CLASSES = ("wire", "ball")
 
 
@@ -71,7 +76,7 @@ def pixels():
 
 @pytest.fixture
 def bank(dataset, pixels):
-    return build_bank(dataset, pixels, k=3, calibrate=False)
+    return paper_bank(dataset, pixels, k=3, calibrate=False)
 
 
 # --- pure functions -------------------------------------------------------------------------------------------------
@@ -168,7 +173,7 @@ def test_an_ignore_label_reaches_the_bank_and_the_prediction(tmp_path, pixels):
 
     dataset = write(tmp_path, 2, shape=(32, 32), classes=("wire", "ball", "ignore"), draw=draw)
     assert class_names(dataset) == ["wire", "ball"]
-    bank = build_bank(dataset, pixels, k=1, calibrate=False)
+    bank = paper_bank(dataset, pixels, k=1, calibrate=False)
     assert len(bank.keys) == 7
     own = bank.predict(dataset[0]["image"][None])[0]
     expected = dataset[0]["mask"] & ~dataset[0]["ignore"]
@@ -217,7 +222,7 @@ def test_k_beyond_the_bank_uses_all_there_is(bank):
 
 
 def test_image_granularity_averages_whole_masks(dataset, pixels):
-    bank = build_bank(dataset, pixels, k=2, granularity="image", calibrate=False)
+    bank = paper_bank(dataset, pixels, k=2, granularity="image", calibrate=False)
     image = dataset[1]["image"]
     means = torch.stack([pixels.encode(dataset[i]["image"][None]).mean((0, 1, 2)) for i in range(5)])
     cosine = torch.nn.functional.cosine_similarity(means, means[1:2])
@@ -233,14 +238,14 @@ def test_image_granularity_skips_what_is_not_known(tmp_path, pixels):
         mask[2, :16, :16] = i == 0
 
     dataset = write(tmp_path, 2, shape=(32, 32), classes=("wire", "ball", "ignore"), draw=draw)
-    bank = build_bank(dataset, pixels, k=2, granularity="image", calibrate=False)
+    bank = paper_bank(dataset, pixels, k=2, granularity="image", calibrate=False)
     p = bank.predict(dataset[0]["image"][None])[0]
     assert torch.allclose(p[:, :16, :16], dataset[1]["mask"][:, :16, :16].float())
     assert len(bank.neighbours(dataset[0]["image"], 3, 3)) == 1
 
 
 def test_image_granularity_needs_one_size(dataset, pixels):
-    bank = build_bank(dataset, pixels, granularity="image", calibrate=False)
+    bank = paper_bank(dataset, pixels, granularity="image", calibrate=False)
     with pytest.raises(AoiError, match="64 x 64 .*40 x 56.*granularity='patch'"):
         bank.predict(torch.rand(1, 2, 64, 64))
 
@@ -251,7 +256,7 @@ def test_image_granularity_needs_one_size(dataset, pixels):
 @pytest.mark.parametrize("granularity", ["patch", "image"])
 @pytest.mark.parametrize("count", [3, 5])
 def test_no_fold_answers_itself(dataset, pixels, granularity, count):
-    bank = build_bank(dataset.select(range(count)), pixels, granularity=granularity, calibrate=False)
+    bank = paper_bank(dataset.select(range(count)), pixels, granularity=granularity, calibrate=False)
     folds = patch_folds(bank)
     assert len(folds.unique()) == count  # leave-one-out below five, five folds of one at five
     for image in range(count):
@@ -262,31 +267,32 @@ def test_no_fold_answers_itself(dataset, pixels, granularity, count):
 
 
 def test_more_images_than_folds_go_in_groups(tmp_path, pixels):
-    bank = build_bank(write(tmp_path, 7, shape=(16, 16)), pixels, calibrate=False)
-    assert sorted(patch_folds(bank).bincount().tolist()) == [1, 1, 1, 2, 2]
-    _, rows = held_out_search(bank, torch.arange(7), patch_folds(bank), 30)
+    bank = paper_bank(write(tmp_path, 7, shape=(16, 16)), pixels, calibrate=False)
+    folds = patch_folds(bank, folds=5)
+    assert sorted(folds.bincount().tolist()) == [1, 1, 1, 2, 2]
+    _, rows = held_out_search(bank, torch.arange(7), folds, 30)
     assert rows.shape == (7, 5)  # never more neighbours than the smallest rest has
-    assert (patch_folds(bank)[rows] != patch_folds(bank)[:, None]).all()
+    assert (folds[rows] != folds[:, None]).all() and len(patch_folds(bank).unique()) == 7
 
 
 @pytest.mark.parametrize("aggregation", ["similarity", "attention"])
 def test_cross_validation_equals_leaving_each_image_out_in_truth(dataset, pixels, aggregation):
     "The short cut over cached neighbours against banks that are really built without the image."
     options = {"aggregation": aggregation, "calibrate": False}
-    bank = build_bank(dataset.select(range(3)), pixels, **options)
+    bank = paper_bank(dataset.select(range(3)), pixels, **options)
     counts = cross_validate(bank, ks=(1, 4), betas=(0.05, 0.2))
     assert len(counts) == (2 if aggregation == "similarity" else 4)
-    for (k, beta), got in counts.items():
+    for (k, beta, _), got in counts.items():
         expected = 0
         for i in range(3):
-            rest = build_bank(dataset.select([j for j in range(3) if j != i]), pixels, k=k, beta=beta, **options)
+            rest = paper_bank(dataset.select([j for j in range(3) if j != i]), pixels, k=k, beta=beta, **options)
             p = rest.predict(dataset[i]["image"][None])[0]
             expected = expected + threshold_counts(p, dataset[i]["mask"])
         assert (got - expected).abs().max() <= 2  # a pixel whose probability is a threshold, to the last bit
 
 
 def test_the_best_k_and_thresholds_are_taken(dataset, pixels):
-    bank = build_bank(dataset, pixels)
+    bank = paper_bank(dataset, pixels)
     curves = bank.calibrate()
     best = curves.groupby(["k", "class"])["iou"].max().groupby("k").mean()
     assert best.idxmax() == bank.k and set(best.index) == {1, 3, 5, 10, 20, 30}
@@ -298,7 +304,7 @@ def test_the_best_k_and_thresholds_are_taken(dataset, pixels):
 
 
 def test_what_is_given_is_kept(dataset, pixels):
-    bank = build_bank(dataset, pixels, k=4, beta=0.07, aggregation="attention")
+    bank = paper_bank(dataset, pixels, k=4, beta=0.07, aggregation="attention")
     assert (bank.k, bank.beta) == (4, 0.07) and (bank.thresholds != 0.5).any()
 
 
@@ -310,13 +316,13 @@ def test_one_seed_one_result_even_when_patches_are_sampled(bank):
 
 def test_one_image_is_judged_by_its_halves(dataset, pixels):
     with pytest.warns(UserWarning, match="halves"):
-        bank = build_bank(dataset.select([2]), pixels)
+        bank = paper_bank(dataset.select([2]), pixels)
     folds = patch_folds(bank)
     assert folds.equal((bank.x >= 28).long())  # 40 x 56: cut across the longer side
     _, rows = held_out_search(bank, torch.arange(len(bank.keys)), folds, 30)
     assert (folds[rows] != folds[:, None]).all()
     with pytest.warns(UserWarning, match="nothing to calibrate"):
-        build_bank(dataset.select([2]), pixels, granularity="image")
+        paper_bank(dataset.select([2]), pixels, granularity="image")
 
 
 @pytest.mark.parametrize(("shape", "count", "granularity"), [
@@ -334,7 +340,7 @@ def test_one_fold_keeps_what_the_bank_has(tmp_path, pixels, shape, count, granul
 
     dataset = write(tmp_path, count, shape=shape, classes=("wire", "ball", "ignore"), draw=draw)
     with pytest.warns(UserWarning, match=r"one fold: nothing to calibrate on. k stays 5 .*wire 0\.50, ball 0\.50"):
-        bank = build_bank(dataset, pixels, granularity=granularity)
+        bank = paper_bank(dataset, pixels, granularity=granularity)
     assert bank.k == 5 and bank.thresholds.tolist() == [0.5, 0.5]
     bank.k = 1
     own, item = bank.predict(dataset[0]["image"][None])[0], dataset[0]
@@ -349,7 +355,7 @@ def test_an_ignored_image_takes_no_part_in_the_folds(tmp_path, pixels):
 
     dataset = write(tmp_path, 2, shape=(32, 32), classes=("wire", "ball", "ignore"), draw=draw)
     with pytest.warns(UserWarning, match="halves"):
-        bank = build_bank(dataset, pixels)
+        bank = paper_bank(dataset, pixels)
     assert [record["classes"] for record in bank.images] == [["wire", "ball"], []]
     assert len(patch_folds(bank).unique()) == 2
 
@@ -360,14 +366,14 @@ def test_each_image_and_mask_is_decoded_once(tmp_path, pixels, monkeypatch):
     dataset, read, plain = write(tmp_path, 2), [], {n: getattr(data, n) for n in ("read_native", "read_mask")}
     for name in plain:
         monkeypatch.setattr(data, name, lambda *a, n=name, **o: (read.append(n), plain[n](*a, **o))[1])
-    build_bank(dataset, pixels, k=1, calibrate=False)
+    paper_bank(dataset, pixels, k=1, calibrate=False)
     assert sorted(read) == ["read_mask"] * 2 + ["read_native"] * 2
 
 
 def test_a_class_that_the_bank_lacks_is_named_and_never_predicted(tmp_path, pixels):
     dataset = write(tmp_path, 3, classes=("wire", "ball", "wedge"))
     with pytest.warns(UserWarning, match="No image of the bank shows wedge"):
-        bank = build_bank(dataset, pixels)
+        bank = paper_bank(dataset, pixels)
     assert bank.thresholds[2] == 1.0 and (bank.thresholds[:2] < 1).all()
     assert bank.predict(dataset[0]["image"][None])[:, 2].max() == 0
 
@@ -378,7 +384,7 @@ def test_a_class_of_one_image_is_still_predicted(tmp_path, pixels):
 
     dataset = write(tmp_path, 3, classes=("wire", "ball", "wedge"), draw=draw)
     with pytest.warns(UserWarning, match="wedge: never hit .* median"):
-        bank = build_bank(dataset, pixels)
+        bank = paper_bank(dataset, pixels)
     low, high = bank.thresholds[:2].min(), bank.thresholds[:2].max()
     assert low <= bank.thresholds[2] <= high < 1
 
@@ -397,7 +403,7 @@ def test_neighbours_say_where_a_pixel_comes_from(bank, dataset):
     image, table = dataset[4]["image"], None
     table = bank.neighbours(image, 35, 50, k=4)
     first = table.iloc[0]
-    assert list(table.columns) == ["stem", "device", "row", "column", "similarity", "weight", "y", "x", "key"]
+    assert list(table.columns) == ["stem", "device", "row", "column", "similarity", "weight", "y", "x", "turn", "key"]
     assert (first.stem, first.device, first.row, first.column) == (dataset[4]["stem"], "d001", 2, 3)
     assert (first.y, first.x) == (32, 48) and first.similarity == pytest.approx(1) and len(table) == 4
     assert table.similarity.is_monotonic_decreasing and table.weight.sum() == pytest.approx(1)
@@ -411,7 +417,7 @@ def test_neighbours_say_where_a_pixel_comes_from(bank, dataset):
 
 def test_neighbours_see_a_patch_as_the_bank_did(dataset):
     "A ViT gives a patch another embedding in another window: `neighbours` must take the window that was remembered."
-    bank = build_bank(dataset.select([0, 1]), ViTEncoder("nano", image_size=32), size=32, k=1, calibrate=False)
+    bank = paper_bank(dataset.select([0, 1]), ViTEncoder("nano", image_size=32), size=32, k=1, calibrate=False)
     for y, x in [(3, 50), (20, 20), (20, 50), (39, 40)]:
         first = bank.neighbours(dataset[1]["image"], y, x).iloc[0]
         assert (first.stem, first.row, first.column) == (dataset[1]["stem"], y // 16, x // 16)
@@ -429,8 +435,8 @@ def test_neighbours_of_no_pixel(bank, dataset):
 
 
 def test_adding_images_is_building_with_them(dataset, pixels):
-    grown = build_bank(dataset.select([0, 1]), pixels, k=3, calibrate=False).add(dataset.select([2, 3]))
-    whole = build_bank(dataset.select(range(4)), pixels, k=3)
+    grown = paper_bank(dataset.select([0, 1]), pixels, k=3, calibrate=False).add(dataset.select([2, 3]))
+    whole = paper_bank(dataset.select(range(4)), pixels, k=3)
     assert grown.images == whole.images and grown.image.equal(whole.image)
     assert grown.predict(dataset[4]["image"][None]).equal(whole.predict(dataset[4]["image"][None]))
     assert grown.thresholds.equal(whole.thresholds) and grown.k == 3
@@ -446,7 +452,7 @@ def test_a_refused_addition_changes_nothing(tmp_path, bank, dataset):
 
 
 def test_save_and_load(tmp_path, dataset):
-    bank = build_bank(dataset, ViTEncoder("nano", image_size=32), aggregation="attention")
+    bank = paper_bank(dataset, ViTEncoder("nano", image_size=32), aggregation="attention")
     bank.save(tmp_path / "bank")
     again = Segmenter.load(tmp_path / "bank")
     image = torch.rand(1, 2, 40, 50)
@@ -500,34 +506,36 @@ def test_an_encoder_of_another_length_is_refused(bank):
 
 def test_other_lights_are_refused(bank, dataset):
     with pytest.raises(AoiError, match="2 channels; this model was made for 1"):
-        build_bank(dataset, PixelEncoder(channels=1))
+        paper_bank(dataset, PixelEncoder(channels=1))
     with pytest.raises(AoiError, match="channels"):
         bank.predict(torch.rand(1, 3, 32, 32))
 
 
 def test_unlabelled_images_are_refused_by_name(tmp_path, pixels):
     with pytest.raises(AoiError, match="acme/d001/im0 has no labels"):
-        build_bank(write(tmp_path, 1, unlabelled=(0,)), pixels)
+        paper_bank(write(tmp_path, 1, unlabelled=(0,)), pixels)
 
 
 def test_nothing_to_remember(tmp_path, dataset, pixels):
     with pytest.raises(AoiError, match="0 images and no labelled patch"):
-        build_bank(dataset.select([]), pixels)
+        paper_bank(dataset.select([]), pixels)
 
     def draw(mask, i):
         mask[2] = True
 
     ignored = write(tmp_path, 1, classes=("wire", "ball", "ignore"), draw=draw)
     with pytest.raises(AoiError, match="1 images and no labelled patch"):
-        build_bank(ignored, pixels)
+        paper_bank(ignored, pixels)
 
 
 @pytest.mark.parametrize(
-    "option", [{"k": 0}, {"k": 2.5}, {"aggregation": "mean"}, {"beta": 0.0}, {"granularity": "pixel"}, {"size": 100}]
+    "option",
+    [{"k": 0}, {"k": 2.5}, {"aggregation": "mean"}, {"beta": 0.0}, {"mix": 1.5}, {"granularity": "pixel"}, {"size": 100},
+     {"method": "best"}, {"halo": -1}, {"turns": 3}, {"decoder": "tree"}, {"position": "lost"}, {"whiten": 0}],
 )
 def test_options_that_do_not_exist(dataset, pixels, option):
     with pytest.raises(AoiError, match=f"{next(iter(option))} is {next(iter(option.values()))!r}"):
-        build_bank(dataset, pixels, **option)
+        paper_bank(dataset, pixels, **option)
 
 
 def test_the_encoder_is_left_as_it_was(dataset):
@@ -535,5 +543,292 @@ def test_the_encoder_is_left_as_it_was(dataset):
     before = encoder.fingerprint()
     with warnings.catch_warnings(action="ignore"):
         bank = MemoryBank.build(dataset.select([0]), encoder)
-    assert isinstance(bank.encoder, Encoder) and bank.encoder is encoder and encoder.training
+    assert isinstance(bank.encoder, Encoder) and bank.encoder.vit is encoder.vit and encoder.training and encoder.vit.training
     assert encoder.fingerprint() == before and not bank.predict(dataset[0]["image"][None]).requires_grad
+
+
+# --- shifted grids, halos, turns ------------------------------------------------------------------------------------
+
+
+def crops(image, mask, shape, corners):
+    "A labelled item for each corner, cut from one picture."
+    (h, w), items = shape, []
+    for y, x in corners:
+        part = np.s_[:, y : y + h, x : x + w]
+        items.append({"image": image[part], "mask": mask[part], "ignore": None})
+    return items
+
+
+def test_an_image_moved_by_a_quarter_patch_is_recalled_exactly(pixels):
+    "16 grids are a quarter patch apart: of a picture that moves by one, each inner patch finds itself."
+    g = torch.Generator().manual_seed(0)
+    image, mask = torch.rand(2, 80, 80, generator=g), torch.rand(2, 80, 80, generator=g) > 0.5
+    known, moved = crops(image, mask, (64, 64), [(0, 0), (4, 12)])
+    for shifts, exact in ((16, True), (1, False)):
+        recipe = Recipe(bank_shifts=shifts)
+        rows = remember_image(known, pixels, recipe=recipe)
+        record = {"stem": "a", "device": "d", "height": 64, "width": 64, "classes": list(CLASSES)}
+        bank = MemoryBank(pixels, CLASSES, rows, [record], recipe=recipe, k=1)
+        recalled = bank.predict(moved["image"][None])[0, :, :48, :48]  # further on lies what the bank has not seen
+        assert recalled.equal(moved["mask"][:, :48, :48].float()) == exact
+
+
+@pytest.mark.parametrize("turns", [2, 4, 8])
+def test_a_turned_image_is_recalled_exactly(dataset, pixels, turns):
+    bank = paper_bank(dataset.select([0]), pixels, k=1, turns=turns, calibrate=False)
+    assert len(bank.keys) == 12 * turns
+    item = dataset[0]
+    for turn in range(turns):
+        image, mask = (turned(item[name], turn)[:, :32, :32] for name in ("image", "mask"))
+        # a grid that starts at the other end of 40 x 56 pixels has other patches: only those that fit are the same
+        first = bank.neighbours(turned(item["image"], turn), 5, 5).iloc[0]
+        assert first.turn == turn and first.similarity == pytest.approx(1, abs=1e-5)
+        assert patch_masks(bank, [first.key])[0].equal(mask[:, :16, :16])
+        picture = patch_images(bank.neighbours(turned(item["image"], turn), 5, 5, k=1), dataset)[0]
+        assert picture.equal(image[:, :16, :16])
+
+
+def test_votes_of_several_grids_and_halos_by_hand(dataset, pixels):
+    "Each pixel: all patches that reach it, each with its rim weight, each with its neighbours' weights."
+    recipe = {"bank_shifts": 4, "query_shifts": 2, "halo": 3, "aggregation": "distance"}
+    bank = paper_bank(dataset.select(range(3)), pixels, k=4, calibrate=False, **recipe)
+    image = dataset[4]["image"]
+    predicted = bank.predict(image[None])[0]
+    for y, x in ((0, 0), (8, 21), (39, 55), (17, 30)):
+        votes, cast = torch.zeros(2), torch.zeros(2)
+        for shift in ((0, 0), (8, 8)):
+            grid = embed(pixels, image[None], shift=shift)[0]
+            for r in range(grid.shape[0]):
+                for c in range(grid.shape[1]):
+                    dy, dx = y - (r * 16 - 16 * (shift[0] > 0) + shift[0]) + 3, x - (c * 16 - 16 * (shift[1] > 0) + shift[1]) + 3
+                    if not (0 <= dy < 22 and 0 <= dx < 22):
+                        continue
+                    cosine = bank.keys @ torch.nn.functional.normalize(grid[r, c], dim=0)
+                    best = cosine.argsort(descending=True)[:4]
+                    w = ((2 - 2 * cosine[best]).clamp(min=0) + 1e-3) ** -2
+                    w = w / w.sum() * rim_weights(16, 3)[dy, dx]
+                    says, knows = (patch_masks(bank, best, what)[:, :, dy, dx].float() for what in ("values", "known"))
+                    votes, cast = votes + w @ says, cast + w @ knows
+        assert torch.allclose(predicted[:, y, x], votes / cast.clamp(min=1e-12), atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [
+    {"query_shifts": 2, "halo": 2, "aggregation": "distance"},
+    {"query_shifts": 4, "decoder": "mixture", "whiten": 12},
+    {"query_shifts": 1, "decoder": "ridge", "halo": 1},
+    {"query_shifts": 2, "refine": 1},
+])
+def test_cross_validation_of_averaged_predictions_equals_leaving_out_in_truth(dataset, pixels, changes):
+    "Held-out probabilities come from all query grids, as those of a new image do."
+    options = {"bank_shifts": 4, "calibrate": False} | changes
+    options["space"] = learn_space(dataset, pixels, method="paper", whiten=changes.get("whiten"))
+    bank = paper_bank(dataset.select(range(3)), pixels, **options)
+    counts = cross_validate(bank, ks=(4,), mixes=(0.3,))
+    assert len(counts) == 1
+    ((setting, got),) = counts.items()
+    expected = 0
+    for i in range(3):
+        rest = paper_bank(dataset.select([j for j in range(3) if j != i]), pixels, k=4, mix=0.3, **options)
+        expected = expected + threshold_counts(rest.predict(dataset[i]["image"][None])[0], dataset[i]["mask"])
+    assert (got - expected).abs().max() <= 6  # a pixel whose probability is a threshold, to the last bit
+
+
+def test_what_is_judged_is_a_sample_of_squares_that_hardly_changes(tmp_path, pixels):
+    dataset = write(tmp_path, 3, shape=(256, 256))
+    bank = paper_bank(dataset.select([0, 1]), pixels, bank_shifts=2, query_shifts=2, k=1, calibrate=False)
+    whole = judged_regions(bank)
+    assert [tuple(r) for r in whole] == [(0, 0, 0, 256, 256), (1, 0, 0, 256, 256)]
+    some = judged_regions(bank, max_patches=2 * 81 * 3)
+    assert len(some) == 3 and all(r.height == r.width == 128 for r in some) and some == judged_regions(bank, max_patches=486)
+    for region in whole + some:
+        mask, known = region_masks(bank, region)
+        own = dataset[region.image]["mask"][:, region.y : region.y + region.height, region.x : region.x + region.width]
+        assert mask.equal(own) and known.all()
+    bank.add(dataset.select([2]), calibrate=False)
+    assert len(set(some) & set(judged_regions(bank, max_patches=486))) >= 1
+
+
+def test_a_cached_search_is_a_new_search(dataset, pixels):
+    options = {"bank_shifts": 4, "query_shifts": 2, "k": 3}
+    space = learn_space(dataset, pixels, method="paper", whiten=20)
+    grown = paper_bank(dataset.select([0, 1, 2]), pixels, space=space, whiten=20, **options)
+    first = grown._cache["search"]["rows"]
+    grown.add(dataset.select([3, 4]))
+    assert len(grown._cache["search"]["rows"]) > len(first)
+    whole = paper_bank(dataset, pixels, space=space, whiten=20, **options)
+    for name in ("similarity", "rows"):
+        assert torch.allclose(grown._cache["search"][name], whole._cache["search"][name])
+    assert grown.thresholds.equal(whole.thresholds)
+
+
+def test_between_and_beyond_16_grids_only_edges_are_remembered(tmp_path, pixels):
+    def draw(mask, i):
+        mask[:] = False
+        mask[0, :, 20:] = True  # one straight edge, between the columns 19 and 20
+
+    dataset = write(tmp_path, 1, shape=(64, 96), draw=draw)
+    banks = {}
+    for name, options in {"few": {"bank_shifts": 16}, "many": {"bank_shifts": 64}, "between": {"bank_shifts": 16, "between": True}}.items():
+        bank = banks[name] = paper_bank(dataset, pixels, halo=2, calibrate=False, **options)
+        late = torch.arange(len(bank.keys)) >= len(banks["few"].keys)
+        assert bank.keys[~late].equal(banks["few"].keys)
+        assert ((bank.x[late] - 2 < 20) & (bank.x[late] + 18 >= 20)).all() and bank.keys.isfinite().all()
+        for row in late.nonzero().flatten()[::17].tolist():  # and the masks are cut where the patch is
+            y, x = int(bank.y[row]), int(bank.x[row])
+            inside = patch_masks(bank, [row], "known")[0, 0]
+            assert patch_masks(bank, [row])[0, 0].equal(inside & (torch.arange(x - 2, x + 18) >= 20))
+    assert len(banks["few"].keys) < len(banks["between"].keys) <= len(banks["many"].keys)
+    with pytest.raises(AoiError, match="between is True with bank_shifts=8"):
+        paper_bank(dataset, pixels, bank_shifts=8, between=True)
+
+
+def test_refinement_needs_the_lights(dataset, pixels):
+    bank = paper_bank(dataset, pixels, refine=1, calibrate=False)
+    assert len(bank.lights) == 5 and bank.using(refine=0).lights == [] and bank.subset(stem=dataset[1]["stem"]).lights[0].equal(bank.lights[1])
+    image = dataset[0]["image"][None]
+    plain = bank.using(refine=0).predict(image)
+    assert torch.allclose(bank.predict(image), guided_filter(plain, image, radius=1))
+    with pytest.raises(AoiError, match="keeps no lights"):
+        bank.using(refine=0).using(refine=1)
+
+
+# --- a bank that one can edit ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return {"method": "aligned", "bank_shifts": 4, "between": False, "whiten": 24, "k": 3, "refine": 0}
+
+
+@pytest.fixture(scope="module")
+def space(dataset, pixels, recipe):
+    return learn_space(dataset, pixels, **{name: recipe[name] for name in ("method", "whiten", "between", "bank_shifts")})
+
+
+def same(a, b):
+    "Two banks with the same contents."
+    return a.images == b.images and a.classes == b.classes and a.thresholds.equal(b.thresholds) and all(
+        getattr(a, name).equal(getattr(b, name)) for name in retrieval._TENSORS)
+
+
+def test_what_is_removed_was_never_there(dataset, pixels, recipe, space):
+    whole = build_bank(dataset, pixels, space=space, **recipe)
+    stems = dataset["stem"]
+    less = build_bank(dataset, pixels, space=space, **recipe).remove(stem=[stems[1], stems[3]])
+    assert same(less, build_bank(dataset.select([0, 2, 4]), pixels, space=space, **recipe))
+    assert same(less, whole.subset(stem=[stems[0], stems[2], stems[4]])) and len(whole.images) == 5
+    back = less.add(dataset.select([1, 3]))
+    assert same(back, build_bank(dataset.select([0, 2, 4, 1, 3]), pixels, space=space, **recipe))
+
+
+def test_merging_is_building_with_both(dataset, pixels, recipe, space):
+    parts = [build_bank(dataset.select(rows), pixels, space=space, **recipe) for rows in ([0, 1], [2, 3, 4])]
+    assert same(parts[0].merge(parts[1]), build_bank(dataset, pixels, space=space, **recipe))
+    assert len(parts[0].images) == 2
+    with pytest.raises(AoiError, match="im2 would be in the bank twice"):
+        parts[1].merge(build_bank(dataset.select([2]), pixels, space=space, calibrate=False, **recipe))
+    for changes, what in (({"halo": 0}, "recipe"), ({"space": None}, "feature space")):
+        other = build_bank(dataset.select([2]), pixels, calibrate=False, **{"space": space} | recipe | changes)
+        with pytest.raises(AoiError, match=f"differ in their {what}"):
+            parts[0].merge(other)
+
+
+def test_a_class_is_forgotten(dataset, pixels, recipe, space):
+    whole = build_bank(dataset, pixels, space=space, **recipe)
+    image = dataset[4]["image"][None]
+    expected, threshold = whole.predict(image)[:, 1:], whole.thresholds[1:]
+    for one in (whole.subset(classes="ball"), whole.remove(classes="wire")):
+        assert one.classes == ["ball"] and {n for r in one.images for n in r["classes"]} == {"ball"}
+        assert torch.allclose(one.predict(image), expected, atol=1e-6) and one.thresholds.equal(threshold)
+
+
+def test_names_that_are_not_there(bank):
+    for which, message in (({"stem": "x"}, "no stem 'x'"), ({"device": "x"}, "no device 'x'"), ({"classes": "x"}, "no class 'x'")):
+        with pytest.raises(AoiError, match=message):
+            bank.remove(**which)
+        with pytest.raises(AoiError, match=message):
+            bank.subset(**which)
+    for which, message in (({"device": "d001"}, "None of the 5 images"), ({"classes": CLASSES}, "No class would be left")):
+        with pytest.raises(AoiError, match=message):
+            bank.remove(**which)
+    assert len(bank.images) == 5 and bank.classes == list(CLASSES)
+
+
+@pytest.mark.parametrize("changes", [{}, {"halo": 0, "query_shifts": 4}, {"decoder": "mixture"}, {"centre": "window", "size": 32}])
+def test_an_explanation_adds_up(dataset, pixels, recipe, changes):
+    bank = build_bank(dataset.select(range(3)), pixels, calibrate=False, **recipe | changes)
+    image = dataset[4]["image"]
+    predicted = bank.predict(image[None])[0]
+    for y, x in ((0, 0), (20, 31), (39, 55)):
+        table = bank.explain(image, y, x)
+        assert table["weight"].sum() == pytest.approx(1) and table["weight"].is_monotonic_decreasing
+        told = table[bank.classes].mul(table["weight"], axis=0).sum()
+        if not table.attrs["ridge"]:
+            assert np.allclose(told, predicted[:, y, x], atol=1e-4)
+        else:
+            alone = bank.using(decoder="neighbours").predict(image[None])[0]
+            assert np.allclose(told, alone[:, y, x], atol=1e-4) and table.attrs["ridge"] == bank.mix
+        for row in table.head(3).itertuples():  # the remembered mask, at the pixel's place in it
+            source = next(i for i in range(3) if dataset[i]["stem"] == row.stem)
+            py, px = row.y + row.dy - bank.recipe.halo, row.x + row.dx - bank.recipe.halo
+            assert row.wire == dataset[source]["mask"][0, py, px] and row.ball == dataset[source]["mask"][1, py, px]
+    with pytest.raises(AoiError, match="compares by image"):
+        paper_bank(dataset, pixels, granularity="image", calibrate=False).explain(image, 0, 0)
+
+
+def test_recalling_otherwise_is_building_otherwise(dataset, pixels, recipe):
+    options = recipe | {"calibrate": False}
+    bank, image = build_bank(dataset, pixels, **options), dataset[1]["image"][None]
+    for changes in ({"query_shifts": 1}, {"aggregation": "similarity"}, {"decoder": "ridge"}, {"k": 1}):
+        assert torch.allclose(bank.using(**changes).predict(image), build_bank(dataset, pixels, **options | changes).predict(image))
+    with pytest.raises(AoiError, match="halo cannot be changed"):
+        bank.using(halo=2)
+    with pytest.raises(AoiError, match="query_shifts is 8"):
+        bank.using(query_shifts=8)
+
+
+def test_the_estimate_is_what_it_takes(dataset, pixels, recipe):
+    for changes in ({}, {"method": "paper", "whiten": None}, {"position": "append", "turns": 4}):
+        options = recipe | changes
+        bank = build_bank(dataset, pixels, calibrate=False, **options)
+        table = estimate_bank(dataset, pixels, **{name: value for name, value in options.items() if name != "k"})
+        assert table["patches"].sum() == len(bank.keys) and table["key_bytes"].sum() == bank.keys.nbytes
+        assert table["mask_bytes"].sum() == bank.values.nbytes + bank.known.nbytes
+
+
+def test_the_frame_has_a_row_a_patch(bank, dataset):
+    table = bank.frame()
+    assert len(table) == len(bank.keys) and set(CLASSES) <= set(table.columns)
+    row = table.iloc[7]
+    mask = dataset[0]["mask"][:, row.y : row.y + 16, row.x : row.x + 16]
+    assert row.stem == dataset[0]["stem"] and row[list(CLASSES)].tolist() == mask.flatten(1).any(1).tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, {"decoder": "mixture", "refine": 1}, {"position": "append", "layers": 2, "centre": "window"}])
+def test_every_kind_of_bank_survives_saving(tmp_path, dataset, recipe, changes):
+    encoder = ViTEncoder("nano", image_size=32)
+    bank = build_bank(dataset.select(range(3)), encoder, **recipe | changes)
+    bank.save(tmp_path / "bank")
+    again, image = MemoryBank.load(tmp_path / "bank"), dataset[4]["image"][None]
+    assert again.recipe == bank.recipe and again.predict(image).equal(bank.predict(image)) and repr(again) == repr(bank)
+    manifest = json.loads((tmp_path / "bank" / "segmenter.json").read_text())
+    assert manifest["recipe"]["bank_shifts"] == 4 and manifest["method"] == "custom"
+    assert again.add(dataset.select([3])).thresholds.equal(bank.add(dataset.select([3])).thresholds)
+
+
+def test_rows_are_mapped_into_memory(tmp_path, bank):
+    bank.save(tmp_path / "bank")
+    again = MemoryBank.load(tmp_path / "bank")
+    assert again.keys.equal(bank.keys)
+    size = (tmp_path / "bank" / "bank.safetensors").stat().st_size
+    assert again.keys.untyped_storage().nbytes() in (again.keys.nbytes, size)  # a view of the file's pages
+    maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else str(tmp_path / "bank")
+    assert str(tmp_path / "bank") in maps
+
+
+def test_rows_of_another_bank_are_refused(tmp_path, bank, dataset, pixels):
+    bank.save(tmp_path / "bank")
+    paper_bank(dataset.select([1, 0, 2, 3, 4]), pixels, k=3, calibrate=False).save(tmp_path / "other")
+    (tmp_path / "bank" / "bank.safetensors").write_bytes((tmp_path / "other" / "bank.safetensors").read_bytes())
+    with pytest.raises(AoiError, match="not the one that segmenter.json was written with"):
+        MemoryBank.load(tmp_path / "bank")

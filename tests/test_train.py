@@ -197,3 +197,17 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         subprocess.run([*launch, str(script), str(out), str(processes)], check=True, capture_output=True, timeout=120, env=env)
         results.append(torch.load(out, weights_only=True))
     torch.testing.assert_close(*results)
+
+
+def test_after_step_follows_every_step_and_its_figures_are_in_the_history():
+    model, optimizer = start()
+    seen = []
+
+    def follow(spent):
+        seen.append((spent, model[0].weight[0, 0].item()))
+        return {"figure": 7.0} if len(seen) == 2 else None
+
+    history = fit(model, loss, batch, optimizer, budget="4 steps", after_step=follow, progress=False)
+    assert [spent for spent, _ in seen] == [0.25, 0.5, 0.75, 1.0]
+    assert len({weight for _, weight in seen}) == 4 and seen[-1][1] == model[0].weight[0, 0].item()
+    assert history.figure.isna().tolist() == [True, False, True, True] and history.figure[1] == 7

@@ -20,7 +20,7 @@ from aoi_ssl.tiles import windows
 def segmenters(folder):
     images = load_folder(folder)["train"].select(range(2))
     return {
-        "bank": build_bank(images, PixelEncoder(), k=1, calibrate=False),
+        "bank": build_bank(images, PixelEncoder(), method="paper", k=1, calibrate=False),
         "upernet": UperNet.build(ViTEncoder("nano"), CLASSES),
     }
 

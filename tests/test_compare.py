@@ -1,0 +1,80 @@
+"The comparison of objectives: judged alike, and nothing is lost when it is killed."
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOL = ROOT / "tools" / "compare_objectives.py"
+
+pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="needs the source tree")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("compare_objectives", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_probe_finds_what_is_linear(tool):
+    draw = torch.Generator().manual_seed(0)
+    grid = torch.randn(4, 5, 5, 6, generator=draw)
+    share = grid @ torch.randn(6, 2, generator=draw) + 0.3
+    place = torch.arange(4)
+    assert torch.allclose(tool.ridge(grid, share, place < 3, place == 3, 1e-9), share[3:].double(), atol=1e-4)
+    shrunk = tool.ridge(grid, share, place < 3, place == 3, 1e6)
+    assert torch.allclose(shrunk, share[:3].double().mean((0, 1, 2)).expand_as(shrunk), atol=1e-3)
+
+
+def test_iou_of_filled_patches_by_hand(tool):
+    predicted, share = torch.tensor([0.9, 0.5, 0.1])[None, :, None, None], torch.tensor([0.5, 0.25, 0.25])[None, :, None, None]
+    curve = tool.patch_iou(predicted, share)[:, 0]  # one class, three patches
+    assert torch.allclose(curve[[0, 14, 43, 48]], torch.tensor([1.0 / 3.0, 0.75 / 2.25, 0.5 / 1.5, 0.0]))
+
+
+def test_a_table_grows_by_whole_rows_and_is_read_again(tool, tmp_path):
+    table = tool.Table(tmp_path / "t.csv")
+    table.add({"objective": "mae", "seed": 0, "share": 0.5})
+    table.add({"objective": "mae", "seed": 0, "share": 1.0, "retrieval": 0.4})
+    again = tool.Table(tmp_path / "t.csv")
+    assert again.has("mae", 0, 2) and not again.has("mae", 0, 3) and not again.has("mae", 1, 1)
+    assert [r["retrieval"] for r in again.rows] == ["", "0.4"]
+    again.drop("mae", 0)
+    assert not again.rows
+
+
+def test_rates_scale_with_the_root_of_the_batch(tool):
+    def train(*, base_lr=0.008, batch_size=32):
+        pass
+
+    for batch in (32, 128):
+        lr = tool.scaled(train, {"batch_size": batch})["base_lr"] * batch / 256
+        assert lr == pytest.approx(1e-3 * (batch / 32) ** 0.5)
+    assert tool.scaled(train, {"batch_size": 64, "base_lr": 1.0})["base_lr"] == 1.0
+
+
+def test_it_goes_on_after_the_last_whole_objective(tool, tmp_path, monkeypatch, capsys):
+    options = {"steps": 4, "seeds": 1, "device": "cpu", "out": tmp_path, "devices": 2, "images": 2, "size": 96, "crop": 64,
+               "encoder": "nano", "batch-size": 2, "validation-devices": 1, "queries": 1, "workers": 1, "threads": 1}  # fmt: skip
+    arguments = ["compare_objectives", *(f"--{k}={v}" for k, v in options.items()), "--baselines=random"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def run(objectives):
+        monkeypatch.setattr(sys, "argv", [*arguments, f"--objectives={objectives}"])
+        tool.main()
+        return list(csv.DictReader((tmp_path / "objectives.csv").open())), capsys.readouterr().out
+
+    first, _ = run("ibot")
+    assert [r["objective"] for r in first] == ["random"] + ["ibot"] * 4
+    assert [r["share"] for r in first] == ["0", "0.25", "0.5", "0.75", "1.0"] and [r["steps"] for r in first[1:]] == list("1234")
+    assert len({r["effective_rank"] for r in first}) > 2, "snapshots are of different weights"
+    second, said = run("ibot,hiera")
+    assert [r["objective"] for r in second[5:]] == ["hiera", "hiera-stage3", "hiera-stage2"] * 4
+    assert [r["retrieval"] for r in second[:5]] == [r["retrieval"] for r in first] and "objective ibot" not in said

@@ -1,0 +1,376 @@
+"""What a large bank costs: seconds, bytes, recall and mIoU of ways to search it, against the plain method, in one run.
+
+The plain method keeps keys and masks as float32, multiplies all queries with all keys, takes `topk`, gathers and sums.
+Keys are embeddings of rendered images at 16 shifts of a quarter patch (16,384 keys an image), made once and kept in
+build/bench_retrieval. Queries are other images of the same devices; thresholds are chosen on one image a device,
+mIoU is measured on two others."""
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aoi_ssl.core import write_json
+from aoi_ssl.encoder import Encoder, PixelEncoder
+from aoi_ssl.metrics import best_thresholds, threshold_counts
+from aoi_ssl.retrieval import patchify_mask
+from aoi_ssl.search import (
+    ExactIndex,
+    Index,
+    IVFIndex,
+    aggregate,
+    coreset,
+    distinct_masks,
+    pack_bits,
+    shown_classes,
+    top_k,
+)
+from aoi_ssl.synthetic import CLASSES, render
+
+matplotlib.use("agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+P, COUNT, K = 16, len(CLASSES) * 16 * 16, 5  # patch size; flags of a mask; neighbours that vote
+KEYS = 400_000  # of the bank that the goals are about
+SHRINK = 1.0  # of the whitening: share of the mean variance that is added to each
+SHIFTS = [(y, x) for y in range(0, P, 4) for x in range(0, P, 4)]
+DEVICES, EACH = 5, 5  # the bank of KEYS keys: 25 images
+GOALS = {"faster": 10, "smaller": 15, "mIoU lost": 0.005}
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def encode(encoder: Encoder, device: int, number: int, shifts: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    "Embeddings (n, D) and packed masks (n, 128) of one rendered image of 528 x 528, cut at shifts to 512 x 512."
+    sample = render(device, number, size=528)
+    image, mask = torch.from_numpy(sample.image).float() / 255, torch.from_numpy(sample.mask)
+    crops = torch.stack([image[:, y:y + 512, x:x + 512] for y, x in shifts])
+    keys = torch.cat([encoder.encode(part).flatten(0, 2) for part in crops.split(4)])
+    masks = [patchify_mask(mask[:, y:y + 512, x:x + 512], P).flatten(0, 1).flatten(1) for y, x in shifts]
+    return keys, pack_bits(torch.cat(masks))
+
+
+class Space(NamedTuple):
+    "A linear map of embeddings to fewer numbers."
+    centre: Tensor  # (D,)
+    axes: Tensor  # (D, d)
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        return F.normalize((keys.float() - self.centre) @ self.axes, dim=1)
+
+
+def spaces(keys: Tensor, size: int) -> dict[str, Space]:
+    "`projected`: principal axes through the origin, which keep the cosines; `whitened`: centred, shrunk to equal variance."
+    sample = keys[:: max(1, len(keys) // 65536)].float()
+    unit = F.normalize(sample, dim=1)
+    made = {"projected": Space(torch.zeros(keys.shape[1]), torch.linalg.eigh(unit.T @ unit)[1].flip(1)[:, :size])}
+    centre = sample.mean(0)
+    variance, axes = torch.linalg.eigh((sample - centre).T @ (sample - centre) / len(sample))
+    scale = (variance.flip(0)[:size] + SHRINK * variance.mean()).rsqrt()
+    return made | {"whitened": Space(centre, (axes.flip(1)[:, :size] * scale).contiguous())}
+
+
+def make_keys(encoder: Encoder, images: int, size: int, cache: Path) -> dict[str, Tensor]:
+    "Raw keys of the first KEYS, whitened keys and masks of all, and queries with their masks; kept in a file."
+    file = cache / f"{encoder.fingerprint()}-{images}-{size}.safetensors"
+    if file.exists():
+        return load_file(file)
+    parts, start, made = [], time.perf_counter(), {}
+    for i in range(images):
+        device, number = (i % DEVICES, i // DEVICES) if i < DEVICES * EACH else (i // EACH, i % EACH)
+        keys, masks = encode(encoder, device, number, SHIFTS)
+        if i < DEVICES * EACH:
+            parts.append((keys.half(), masks))
+        if i == min(images, DEVICES * EACH) - 1:
+            made["raw"], first = (torch.cat(tensors)[:KEYS] for tensors in zip(*parts, strict=True))
+            whitened = spaces(made["raw"], size)["whitened"]
+            parts = [(whitened(made["raw"]).half(), first)]
+            made |= whitened._asdict()
+        elif i >= DEVICES * EACH:
+            parts.append((whitened(keys).half(), masks))
+        print(f"\rimage {i + 1} of {images}, {time.perf_counter() - start:.0f} s", end="", flush=True)
+    print()
+    made["whitened"], made["masks"] = (torch.cat(tensors).contiguous() for tensors in zip(*parts, strict=True))
+    asked = [encode(encoder, device, EACH + i, [(8, 8)]) for i in range(3) for device in range(DEVICES)]
+    made["queries"], made["truth"] = (torch.cat(tensors).contiguous() for tensors in zip(*asked, strict=True))
+    cache.mkdir(parents=True, exist_ok=True)
+    save_file(made, file)
+    return made
+
+
+# --- judging --------------------------------------------------------------------------------------------------------
+
+
+def seconds(run: Callable, *arguments, times: int = 5) -> float:
+    "The shortest of some runs; no more of them after two seconds."
+    taken = []
+    while len(taken) < times and sum(taken) < 2:
+        start = time.perf_counter()
+        run(*arguments)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def miou(probabilities: Tensor, truth: Tensor) -> float:
+    "Thresholds from the first image of each device, IoU from summed counts of the others, mean over the classes."
+    p, target = (x.view(-1, len(CLASSES), P, P) for x in (probabilities.clamp(max=1), truth))
+    own = DEVICES * 1024  # queries of the first image of each
+    thresholds = best_thresholds(threshold_counts(p[:own], target[:own]))
+    hit, target = p[own:] > thresholds[:, None, None], target[own:]
+    iou = (hit & target).sum((0, 2, 3)) / (hit | target).sum((0, 2, 3)).clamp(min=1)
+    return iou.mean().item()
+
+
+def weigh(similarity: Tensor) -> Tensor:
+    "Votes by the inverse fourth power of the distance. Nearly equal votes would make mIoU jump with a threshold near 2/5."
+    w = ((2 - 2 * similarity).clamp(min=0) + 1e-3) ** -2
+    return w / w.sum(-1, keepdim=True)
+
+
+class Method(NamedTuple):
+    "A way to find neighbours and to lay their masks over each other."
+    search: Callable[[Tensor], tuple[Tensor, Tensor]]
+    masks: Callable[[Tensor, Tensor], Tensor]
+    nbytes: int
+    keys: int
+
+
+def packed(index: Index, masks: Tensor) -> Method:
+    "An index and masks that are kept once each."
+    number, distinct = distinct_masks(masks)
+    lay = lambda similarity, rows: aggregate(weigh(similarity), number[rows], distinct, count=COUNT)
+    return Method(lambda q: index.search(q, K), lay, index.nbytes + number.nbytes + distinct.nbytes, len(index))
+
+
+def plain(keys: Tensor, masks: Tensor) -> Method:
+    "float32, everything at once."
+    keys = F.normalize(keys.float(), dim=1)
+    values = torch.empty(len(masks), COUNT)
+    for part, bits in zip(values.split(2**14), masks.split(2**14), strict=True):
+        part.copy_(torch.from_numpy(np.unpackbits(bits.numpy(), axis=1)))
+    lay = lambda similarity, rows: torch.einsum("qk,qkn->qn", weigh(similarity), values[rows])
+    return Method(lambda q: (q @ keys.T).topk(K), lay, keys.nbytes + values.nbytes, len(keys))
+
+
+def judge(name: str, method: Method, queries: Tensor, truth: Tensor, *, build: float = 0.0, recall: Callable | None = None) -> dict:
+    "One row of the table."
+    asked = queries[-1024:]
+    search = seconds(method.search, asked)
+    found = method.search(asked)
+    masks = seconds(method.masks, *found)
+    every = [method.search(part) for part in queries.split(1024)]
+    score = miou(torch.cat([method.masks(*part) for part in every]), truth)
+    row = {"method": name, "keys": method.keys, "build_s": build, "search_s": search, "masks_s": masks}
+    row |= {"seconds": search + masks, "bytes_per_key": method.nbytes / method.keys, "nbytes": method.nbytes}
+    row |= {"recall": recall(torch.cat([rows for _, rows in every])) if recall else 1.0, "miou": score}
+    print(f"{name:44} {search + masks:7.3f} s {row['bytes_per_key']:7.0f} B/key  recall {row['recall']:.3f}  mIoU {score:.4f}", flush=True)
+    return row
+
+
+def recall_of(queries: Tensor, keys: Tensor) -> Callable[[Tensor], float]:
+    "The share of the K nearest that are found, judged by their true cosine, so that ties count."
+    least = top_k(queries, keys, K)[0][:, -1:] - 1e-6
+
+    def recall(rows: Tensor) -> float:
+        parts = zip(queries.split(1024), rows.split(1024), least.split(1024), strict=True)
+        return torch.cat([(q[:, None] * keys[r]).sum(-1) >= s for q, r, s in parts]).float().mean().item()
+
+    return recall
+
+
+def built(make: Callable, *arguments, **options) -> tuple[Index, float]:
+    "An index and the seconds that it took to build."
+    start = time.perf_counter()
+    return make(*arguments, **options), time.perf_counter() - start
+
+
+def faiss_row(keys: Tensor, masks: Tensor, probes: int, **judged) -> dict:
+    "The same inverted file by faiss, for comparison; it is no requirement."
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def make():
+        index = faiss.index_factory(keys.shape[1], "IVF1012,SQfp16", faiss.METRIC_INNER_PRODUCT)
+        index.train(keys[:: max(1, len(keys) // 65536)].contiguous().numpy())
+        index.add(keys.numpy())
+        index.nprobe = probes
+        return index
+
+    index, took = built(make)
+    search = lambda q: tuple(torch.from_numpy(found) for found in index.search(q.contiguous().numpy(), K))
+    number, distinct = distinct_masks(masks)
+    lay = lambda similarity, rows: aggregate(weigh(similarity), number[rows], distinct, count=COUNT)
+    size = faiss.serialize_index(index).nbytes + number.nbytes + distinct.nbytes
+    return judge(f"faiss, float16, {probes} lists, whitened", Method(search, lay, size, len(keys)), build=took, **judged)
+
+
+# --- the tables -----------------------------------------------------------------------------------------------------
+
+
+def methods(data: dict[str, Tensor]) -> list[dict]:
+    "The plain method and its rivals at KEYS keys."
+    raw, masks, truth = data["raw"], data["masks"][: len(data["raw"])], data["truth"]
+    truth = torch.from_numpy(np.unpackbits(truth.numpy(), axis=1)).bool()
+    rows = [judge("plain: float32, exact", plain(raw, masks), F.normalize(data["queries"], dim=1), truth)]
+    for space, to in spaces(raw, data["axes"].shape[1]).items():
+        keys, queries = torch.cat([to(part) for part in raw.split(2**16)]), to(data["queries"])
+        options = {"queries": queries, "truth": truth, "recall": recall_of(queries, keys)}
+        kinds = [("exact", ExactIndex, "float32"), ("lists", IVFIndex, "float16")]
+        if space == "whitened":
+            kinds += [("exact", ExactIndex, "int8"), ("lists", IVFIndex, "int8")]
+        for name, kind, dtype in kinds:
+            index, took = built(kind, keys, dtype=dtype)
+            rows.append(judge(f"{name}, {dtype}, {space}", packed(index, masks), build=took, **options))
+    if importlib.util.find_spec("faiss"):
+        rows += [faiss_row(keys, masks, probes, **options) for probes in (16, 32)]
+    return rows
+
+
+def reaches(keys: Tensor, masks: Tensor, queries: Tensor, truth: Tensor) -> list[dict]:
+    "What `reach` buys."
+    index, recall, rows = IVFIndex(keys), recall_of(queries, keys), []
+    for reach in (1.0, 1.25, 1.5, 1.75, 2.0, 2.5):
+        index.reach.fill_(reach)
+        rows.append({"reach": reach, **judge(f"reach {reach}", packed(index, masks), queries, truth, recall=recall)})
+    return rows
+
+
+def coresets(keys: Tensor, masks: Tensor, queries: Tensor, truth: Tensor) -> list[dict]:
+    "What fewer keys cost, chosen in three ways."
+    shown, rows = shown_classes(masks, len(CLASSES), COUNT), []
+    shuffled = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
+    for part in (2, 4, 8, 16):
+        n = len(keys) // part
+        chosen = {"random": shuffled[:n], "k-centre": coreset(keys, n), "rare classes first": coreset(keys, n, classes=shown)}
+        for name, kept in chosen.items():
+            method = packed(IVFIndex(keys[kept]), masks[kept])
+            rows.append({"choice": name, "part": 1 / part, **judge(f"1/{part} of the keys, {name}", method, queries, truth)})
+    return rows
+
+
+def curve(data: dict[str, Tensor], to: Space) -> list[dict]:
+    "Seconds, bytes and recall by size."
+    rows, queries = [], to(data["queries"][-1024:])
+    total = len(data["whitened"])
+    for n in [n for n in (10_000, 25_000, 50_000, 100_000, 200_000, 400_000, 800_000, 1_600_000) if n <= total]:
+        keys = data["whitened"][:n].float()
+        recall = recall_of(queries, keys)
+        index = ExactIndex(keys)
+        row = {"keys": n, "exact_s": seconds(index.search, queries, K)}
+        row |= {"exact_bytes": packed(index, data["masks"][:n]).nbytes}
+        index, row["build_s"] = built(IVFIndex, keys)
+        row |= {"lists_s": seconds(index.search, queries, K), "recall": recall(index.search(queries, K)[1])}
+        row |= {"lists_bytes": packed(index, data["masks"][:n]).nbytes, "plain_bytes": n * 4 * (data["raw"].shape[1] + COUNT)}
+        if n <= KEYS:
+            method, asked = plain(data["raw"][:n], data["masks"][:n]), F.normalize(data["queries"][-1024:], dim=1)
+            row["plain_s"] = seconds(method.search, asked)
+            method = None
+        rows.append(row)
+        print({name: round(value, 3) for name, value in row.items()}, flush=True)
+    return rows
+
+
+def verdicts(rows: list[dict]) -> list[dict]:
+    "The goals, for the bank's default against the plain method."
+    base, ours = rows[0], next(row for row in rows if row["method"] == "lists, float16, whitened")
+    exact = next(row for row in rows if row["method"] == "exact, float32, whitened")
+    figures = {
+        "times faster than plain": (base["seconds"] / ours["seconds"], GOALS["faster"], True),
+        "times smaller than plain": (base["nbytes"] / ours["nbytes"], GOALS["smaller"], True),
+        "mIoU lost against plain": (base["miou"] - ours["miou"], GOALS["mIoU lost"], False),
+        "mIoU lost against exact in the same space": (exact["miou"] - ours["miou"], GOALS["mIoU lost"], False),
+    }
+    return [{"goal": name, "figure": figure, "bound": bound, "kept": figure >= bound if above else figure <= bound}
+            for name, (figure, bound, above) in figures.items()]
+
+
+def draw(result: dict, file: Path) -> None:
+    "The figure, from the JSON alone."
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+    sizes = result["curve"]
+    names = {"plain": "plain, float32", "exact": f"exact, {result['size']} numbers, float32"}
+    names |= {"lists": f"lists, {result['size']} numbers, float16"}
+    for ax, what, unit in ((axes[0], "s", "seconds for 1024 queries"), (axes[1], "bytes", "bytes, keys and masks")):
+        for name, label in names.items():
+            points = [(row["keys"], row[f"{name}_{what}"]) for row in sizes if f"{name}_{what}" in row]
+            ax.loglog(*zip(*points, strict=True), "o-", label=label, markersize=4)
+        ax.set(xlabel="keys in the bank", ylabel=unit)
+    axes[0].legend(frameon=False, fontsize=8)
+    reach = result["reach"]
+    exact = next(row for row in result["methods"] if row["method"] == "exact, float32, whitened")
+    axes[2].plot([row["search_s"] for row in reach], [row["miou"] for row in reach], "o-", label="lists, by reach")
+    for row in reach:
+        axes[2].annotate(f"{row['reach']}", (row["search_s"], row["miou"]), xytext=(4, -9), textcoords="offset points", fontsize=8)
+    axes[2].axhline(exact["miou"], color="grey", linestyle="--", label=f"exact, {exact['search_s']:.2f} s")
+    axes[2].set(xlabel="seconds for 1024 queries", ylabel="mIoU")
+    axes[2].legend(frameon=False, fontsize=8)
+    for name in ("rare classes first", "k-centre", "random"):
+        points = [(row["part"], row["miou"]) for row in result["coreset"] if row["choice"] == name]
+        axes[3].plot(*zip((1.0, exact["miou"]), *points, strict=True), "o-", label=name, markersize=4)
+    axes[3].set(xscale="log", xlabel="share of the keys that is kept", ylabel="mIoU")
+    axes[3].set_xticks([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16], ["all", "1/2", "1/4", "1/8", "1/16"])
+    axes[3].minorticks_off()
+    axes[3].legend(frameon=False, fontsize=8)
+    fig.savefig(file, dpi=110)
+
+
+def main() -> None:
+    "Measure, print, write."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", type=Path, help="folder of a saved encoder; none: raw pixels")
+    parser.add_argument("--images", type=int, default=100, help="in the largest bank; 25 for the goals alone, 100 for 1.6 million keys")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench_retrieval.json", help="the JSON; the figure goes beside it")
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "bench_retrieval", help="where keys are kept")
+    parser.add_argument("--size", type=int, default=64, help="numbers of a projected or whitened key")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
+    parser.add_argument("--draw", action="store_true", help="only draw the figure of an existing JSON")
+    args = parser.parse_args()
+    figure = args.out.with_suffix(".png")
+    if args.draw:
+        draw(json.loads(args.out.read_text()), figure)
+        return
+    if args.images < DEVICES * EACH:
+        parser.error(f"--images {args.images}: at least {DEVICES * EACH} are needed for {KEYS} keys")
+    torch.set_num_threads(args.threads)
+    encoder = Encoder.from_pretrained(args.encoder) if args.encoder else PixelEncoder(channels=2, patch_size=P)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        data = make_keys(encoder, args.images, args.size, args.cache)
+        made = time.perf_counter() - start
+        rows, to = methods(data), Space(data["centre"], data["axes"])
+        keys, queries = data["whitened"][: len(data["raw"])].float(), to(data["queries"])
+        truth = torch.from_numpy(np.unpackbits(data["truth"].numpy(), axis=1)).bool()
+        judged = (keys, data["masks"][: len(keys)], queries, truth)
+        result = {"methods": rows, "goals": verdicts(rows), "reach": reaches(*judged), "coreset": coresets(*judged)}
+        del keys, judged
+        result["curve"] = curve(data, to)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    about = {"encoder": encoder.fingerprint(), "dimensions": encoder.dim, "size": args.size, "k": K}
+    about |= {"threads": args.threads, "torch": torch.__version__}
+    result = {**about, "keys_s": made, "total_s": time.perf_counter() - start, "peak_gib": peak, **result}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, result)
+    draw(result, figure)
+    for goal in result["goals"]:
+        print(f"{goal['goal']:44} {goal['figure']:8.3f}  bound {goal['bound']:6}  {'kept' if goal['kept'] else 'NOT KEPT'}")
+    print(f"{result['total_s']:.0f} s, at most {peak:.1f} GiB. Written to {args.out} and {figure}.")
+
+
+if __name__ == "__main__":
+    main()

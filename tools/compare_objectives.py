@@ -1,0 +1,435 @@
+"""Objectives on equal terms: the same crops, augmentations and seconds, judged on devices that none of them saw."""
+
+import argparse
+import csv
+import functools
+import importlib
+import inspect
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, where an encoder is judged
+
+
+def options() -> argparse.Namespace:
+    "The command line."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--seconds", type=float, default=30, help="of training, for each objective and seed")
+    add("--steps", type=int, help="a budget in steps in place of seconds: equal work is then not claimed")
+    add("--seeds", type=int, default=3)
+    add("--objectives", default="mae,dino,ibot,dino-dropped,mae-p8,hiera", help=f"some of {', '.join(RECIPES)}")
+    add("--baselines", default="pixels,random,pixels-p8,random-p8", help=f"some of {', '.join(BASELINES)}; '' for none")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--out", type=Path, default=Path("build/objectives"), help="folder of the images and of objectives.csv")
+    add("--devices", type=int, default=24, help="rendered devices to learn from")
+    add("--images", type=int, default=8, help="pictures of each")
+    add("--size", type=int, default=256, help="pixels, side of a picture")
+    add("--validation-devices", type=int, default=4, help="new devices to judge on")
+    add("--queries", type=int, default=3, help="pictures of each of them to segment; three more are labelled")
+    add("--encoder", default="tiny", help="preset of the ViT")
+    add("--crop", type=int, default=224)
+    add("--batch-size", type=int, default=32)
+    add("--drift", type=float, default=0.3, help="of the process, 0 to 1")
+    add("--workers", type=int, default=os.cpu_count(), help="processes that render")
+    add("--threads", type=int, help="of torch")
+    return parser.parse_args()
+
+
+# what is compared
+
+
+def _mae(dataset, **options):
+    from aoi_ssl.pretrain import pretrain
+
+    return pretrain(dataset, **scaled(pretrain, options))
+
+
+def _distill(dataset, **options):
+    from aoi_ssl.distill import distill
+
+    return distill(dataset, **scaled(distill, options))
+
+
+def _hiera(dataset, *, encoder, **options):
+    from aoi_ssl.hiera import pretrain_hiera
+
+    return pretrain_hiera(dataset, encoder=f"hiera-{encoder}", **scaled(pretrain_hiera, options))
+
+
+def scaled(train: Callable, options: dict) -> dict:
+    "The rate that each objective has by default at a batch of 32, times the root of the batch over 32."
+    base = inspect.signature(train).parameters["base_lr"].default
+    return {"base_lr": base * (32 / options["batch_size"]) ** 0.5} | options
+
+
+@dataclass(frozen=True)
+class Recipe:
+    "How an encoder is trained, and where the part of the model is that becomes the encoder."
+
+    train: Callable  # (dataset, **options) -> result with encoder and history
+    own: dict  # options beside those that all share
+    module: str  # of aoi_ssl, whose `fit` is watched
+    part: str  # attribute path from the trained model to the encoder's network
+    network: str = "vit"  # attribute of the encoder that holds the network
+    also: dict | None = None  # rows of the same weights, read in another way: name -> options of the encoder
+
+
+RECIPES = {
+    "mae": Recipe(_mae, {}, "pretrain", "vit"),
+    "mae-p8": Recipe(_mae, {"patch_size": 8}, "pretrain", "vit"),
+    "dino": Recipe(_distill, {"objective": "dino"}, "distill", "teacher.vit"),
+    "ibot": Recipe(_distill, {"objective": "ibot"}, "distill", "teacher.vit"),
+    "dino-dropped": Recipe(_distill, {"objective": "dino", "lights": "dropped"}, "distill", "teacher.vit"),
+    "dino-repeated": Recipe(_distill, {"objective": "dino", "lights": "repeated"}, "distill", "teacher.vit"),
+    "ibot-dropped": Recipe(_distill, {"objective": "ibot", "lights": "dropped"}, "distill", "teacher.vit"),
+    "dino-cls": Recipe(_distill, {"objective": "dino", "pool": "cls"}, "distill", "teacher.vit"),
+    "ibot-cls": Recipe(_distill, {"objective": "ibot", "pool": "cls"}, "distill", "teacher.vit"),
+    "hiera": Recipe(
+        _hiera, {}, "hiera", "hiera", "hiera", {"hiera-stage3": {"stages": (3,)}, "hiera-stage2": {"stages": (2,)}}
+    ),
+}
+BASELINES = ("pixels", "pixels-p8", "random", "random-p8")
+
+
+def baseline(name: str, *, channels: int, preset: str, crop: int, mean, std, seed: int):
+    "An encoder that has learned nothing."
+    from aoi_ssl.encoder import PixelEncoder, ViTEncoder
+
+    common = {"channels": channels, "patch_size": 8 if name.endswith("-p8") else 16, "mean": mean, "std": std}
+    if name.startswith("pixels"):
+        return PixelEncoder(**common)
+    return ViTEncoder(preset, image_size=crop, seed=seed, **common)
+
+
+# watching a run
+
+
+@contextmanager
+def snapshots(recipe: Recipe, kept: list) -> Iterator[None]:
+    "Copy the weights of the encoder at each of SHARES, without stopping the run."
+    import torch
+
+    module = importlib.import_module(f"aoi_ssl.{recipe.module}")
+    original = module.fit
+
+    def watched(model, *arguments, after_step=None, **settings):
+        left, network = list(SHARES), functools.reduce(getattr, recipe.part.split("."), model)
+
+        def hook(spent):
+            figures = after_step(spent) if after_step else None
+            if left and spent >= left[0]:
+                left.pop(0)
+                with torch.no_grad():
+                    kept.append((spent, {k: v.detach().clone() for k, v in network.state_dict().items()}))
+            return figures
+
+        return original(model, *arguments, after_step=hook, **settings)
+
+    module.fit = watched
+    try:
+        yield
+    finally:
+        module.fit = original
+
+
+# judging an encoder
+
+
+class Judge:
+    "Patch retrieval and a linear probe on devices that no encoder was trained on; all pictures stay on the device."
+
+    def __init__(self, dataset, *, labelled: int, device: str):
+        import torch
+
+        from aoi_ssl.data import class_names
+
+        self.classes, self.device = class_names(dataset), device
+        names = list(dataset["device"])
+        self.rows = {name: [i for i, n in enumerate(names) if n == name] for name in sorted(set(names))}
+        self.banks = {name: dataset.select(rows[:labelled]) for name, rows in self.rows.items()}
+        items = [dataset[i] for rows in self.rows.values() for i in rows]
+        self.images = torch.stack([item["image"] for item in items]).to(device)
+        self.masks = torch.stack([item["mask"] for item in items]).to(device)
+        per = [len(rows) for rows in self.rows.values()]
+        self.place = torch.cat([torch.arange(n) for n in per]).to(device)
+        self.owner = torch.repeat_interleave(torch.arange(len(per)), torch.tensor(per)).to(device)
+        self.labelled = labelled
+
+    def __call__(self, encoder) -> dict:
+        "All figures of an encoder."
+        import torch
+
+        from aoi_ssl.distill import collapse_figures
+
+        encoder.to(self.device).eval()
+        encoder.encode(self.images)
+        start = clock(self.device)
+        grid = encoder.encode(self.images).float()
+        cost = 1000 * (clock(self.device) - start) / len(self.images)
+        with torch.no_grad():
+            figures = {"retrieval": self.retrieve(encoder), "probe": self.probe(grid, encoder.patch_size)}
+            collapse = collapse_figures(grid.flatten(1, 2))
+        flat = {
+            f"{name}_{c}": round(v, 4) for name, iou in figures.items() for c, v in zip(self.classes, iou, strict=True)
+        }
+        means = {name: round(sum(iou) / len(iou), 4) for name, iou in figures.items()}
+        return means | flat | {k: round(v, 4) for k, v in collapse.items()} | {"encode_ms": round(cost, 3)}
+
+    def retrieve(self, encoder) -> list[float]:
+        "IoU of each class: a bank (k = 5) of the labelled pictures of each device, counts summed over all devices."
+        from aoi_ssl.metrics import binary_counts
+        from aoi_ssl.predict import to_mask
+        from aoi_ssl.retrieval import build_bank
+
+        counts = 0
+        for number, bank_images in enumerate(self.banks.values()):
+            with warnings.catch_warnings(action="ignore"):
+                bank = build_bank(bank_images, encoder, k=5)
+            asked = (self.owner == number) & (self.place >= self.labelled)
+            found = to_mask(bank.predict(self.images[asked]), bank.thresholds)
+            counts = counts + binary_counts(found, self.masks[asked])
+        return (counts[:, 0] / counts.sum(1).clamp(min=1)).tolist()
+
+    def probe(self, grid, patch_size: int) -> list[float]:
+        """IoU of each class: ridge regression from embeddings to the share of the patch that a class covers, then cut.
+
+        Strength and thresholds come from the last labelled picture of each device, predicted from the others."""
+        import torch
+        from torch.nn import functional as F
+
+        share = F.avg_pool2d(self.masks.float(), patch_size, ceil_mode=True, count_include_pad=False).permute(
+            0, 2, 3, 1
+        )
+        fit, check = self.place < self.labelled - 1, self.place == self.labelled - 1
+        rated = []
+        for strength in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+            curve = patch_iou(ridge(grid, share, fit, check, strength), share[check])
+            rated.append((curve.amax(0).mean().item(), strength, curve.argmax(0)))
+        _, strength, best = max(rated, key=lambda r: r[0])
+        learn, asked = self.place < self.labelled, self.place >= self.labelled
+        curve = patch_iou(ridge(grid, share, learn, asked, strength), share[asked])
+        return curve[best, torch.arange(len(best), device=best.device)].tolist()
+
+
+def ridge(grid, share, learn, asked, strength: float):
+    "Predicted shares of the asked pictures (n, h, w, K), learned on others; strength as a share of n."
+    import torch
+
+    x, y = grid[learn].flatten(0, 2).double(), share[learn].flatten(0, 2).double()
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, offset = (x - mean) / std, y.mean(0)
+    gram = x.T @ x / len(x) + strength * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weights = torch.linalg.solve(gram, x.T @ (y - offset) / len(x))
+    return ((grid[asked].double() - mean) / std) @ weights + offset
+
+
+def patch_iou(predicted, share):
+    "IoU over pixels (T, K) if whole patches are filled where the prediction is above each of THRESHOLDS."
+    from aoi_ssl.metrics import THRESHOLDS
+
+    filled = predicted[None] > THRESHOLDS.to(predicted)[:, None, None, None, None]
+    hit, alarm = ((filled * part).sum(dim=(1, 2, 3)) for part in (share, 1 - share))
+    return hit / (share.sum(dim=(0, 1, 2)) + alarm).clamp(min=1e-9)
+
+
+def clock(device: str) -> float:
+    "Seconds, after the device has done what it was told."
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# the table
+
+
+class Table:
+    "A CSV file that grows by a row at a time; a run that was killed goes on after its last whole objective."
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+    def has(self, objective: str, seed: int, count: int) -> bool:
+        return sum(r["objective"] == objective and int(r["seed"]) == seed for r in self.rows) >= count
+
+    def drop(self, objective: str, seed: int) -> None:
+        self.rows = [r for r in self.rows if not (r["objective"] == objective and int(r["seed"]) == seed)]
+
+    def add(self, row: dict) -> None:
+        self.rows.append({k: str(v) for k, v in row.items()})
+        names = list(dict.fromkeys(name for r in self.rows for name in r))
+        aside = self.path.with_suffix(".tmp")
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(aside, self.path)
+
+
+def summary(rows: list[dict]) -> str:
+    "Mean and standard deviation over the seeds at the end of the budget."
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    names = [n for n in frame if n not in ("objective", "machine", "budget")]
+    frame[names] = frame[names].apply(pd.to_numeric, errors="coerce")
+    last = frame[frame["share"].isin([0, 1])].groupby("objective", sort=False)
+    shown = [
+        "retrieval",
+        "probe",
+        "steps",
+        "images_per_second",
+        "effective_rank",
+        "feature_std",
+        "information",
+        "encode_ms",
+    ]
+    shown = [name for name in shown if name in frame]
+    mean, std = last[shown].mean(), last[shown].std()
+    for name in ("retrieval", "probe"):
+        mean[name] = [f"{m:.3f} ± {s:.3f}" for m, s in zip(mean[name], std[name], strict=True)]
+    return mean.round(3).to_string()
+
+
+def run(name: str, learn, seed: int, args, budget: str, kept: list):
+    "Train by a recipe; its result."
+    dataset, store = learn
+    store.epoch = None  # the order of the run before is not this one's
+    common = {
+        "encoder": args.encoder,
+        "crop": args.crop,
+        "batch_size": args.batch_size,
+        "budget": budget,
+        "crops": store,
+        "progress": False,
+    }
+    with snapshots(RECIPES[name], kept), warnings.catch_warnings():
+        warnings.simplefilter("default")
+        return RECIPES[name].train(dataset, seed=seed, **common, **RECIPES[name].own)
+
+
+def train(name: str, learn, judge: Judge, table: Table, seed: int, args, budget: str) -> None:
+    "One objective, one seed: a row for each of SHARES."
+    recipe, kept = RECIPES[name], []
+    result = run(name, learn, seed, args, budget, kept)
+    network, history = getattr(result.encoder, recipe.network), result.history
+    encoders = {name: result.encoder}
+    for other, reading in (recipe.also or {}).items():
+        encoders[other] = type(result.encoder)(network, mean=result.encoder.mean, std=result.encoder.std, **reading)
+    for each in encoders:
+        table.drop(each, seed)
+    for share, (spent, weights) in zip(SHARES, kept, strict=True):
+        network.load_state_dict(weights)
+        part = (
+            history[: max(1, round(share * len(history)))]
+            if args.steps
+            else history[history.seconds <= spent * args.seconds]
+        )
+        part = part if len(part) else history[:1]
+        shared = {
+            "seconds": round(part.seconds.iloc[-1], 2),
+            "steps": len(part),
+            "images_per_second": round(len(part) * args.batch_size / part.seconds.iloc[-1], 1),
+            "loss": round(part.loss.tail(20).mean(), 5),
+        }
+        watched = {f: part[f].dropna() for f in ("teacher_entropy", "information") if f in part}
+        shared |= {f: round(values.iloc[-1], 4) for f, values in watched.items() if len(values)}
+        for each, encoder in encoders.items():
+            row = {"objective": each, "seed": seed, "share": share} | shared | judge(encoder)
+            row |= {
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "budget": budget,
+                "machine": machine(judge.device),
+            }
+            table.add(row)
+            print("  ".join(f"{k} {row[k]}" for k in SHOWN), flush=True)
+
+
+SHOWN = ("objective", "seed", "share", "steps", "loss", "retrieval", "probe", "effective_rank", "feature_std")
+
+
+def machine(device: str) -> str:
+    "What it ran on."
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def rendered(args) -> tuple:
+    "The images to learn from, with their store, and those to judge on; rendered once."
+    from aoi_ssl.crops import store_images
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.synthetic import render_folder
+
+    name = f"{args.devices}x{args.images}-{args.size}-{args.drift}"
+    learn, judge = (
+        args.out / f"learn-{name}",
+        args.out / f"judge-{args.validation_devices}x{args.queries}-{args.size}-{args.drift}",
+    )
+    common = {"size": args.size, "drift": args.drift, "workers": args.workers, "devices": 0, "progress": False}
+    if not learn.exists():
+        render_folder(learn, pretrain_devices=args.devices, new_devices=0, images=args.images, seed=11, **common)
+    if not judge.exists():
+        render_folder(judge, new_devices=args.validation_devices, images=3 + args.queries, seed=12, **common)
+    images = load_folder(learn)["pretrain"]
+    return (images, store_images(images, cell=args.crop)), next(iter(load_folder(judge).values()))
+
+
+def main() -> None:
+    "Run what is not in the table yet, and print it."
+    args = options()
+    if args.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    import torch
+
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    learn, validation = rendered(args)
+    table, judge = Table(args.out / "objectives.csv"), Judge(validation, labelled=3, device=device)
+    mean, std = learn[1].mean, learn[1].std
+    print(
+        f"{len(learn[0])} images to learn from, {len(validation)} to judge on; {machine(device)}; "
+        f"{time.monotonic() - start:.0f} s",
+        flush=True,
+    )
+    for name in filter(None, args.baselines.split(",")):
+        for seed in range(args.seeds if name.startswith("random") else 1):
+            if not table.has(name, seed, 1):
+                encoder = baseline(
+                    name,
+                    channels=judge.images.shape[1],
+                    preset=args.encoder,
+                    crop=args.crop,
+                    mean=mean,
+                    std=std,
+                    seed=seed,
+                )
+                table.add(
+                    {"objective": name, "seed": seed, "share": 0, "steps": 0}
+                    | judge(encoder)
+                    | {"machine": machine(device)}
+                )
+    budget = f"{args.steps} steps" if args.steps else f"{args.seconds}s"
+    names = [name for name in args.objectives.split(",") if name]
+    if device == "cuda":  # what is compiled and loaded on first use is not part of anybody's budget
+        for name in names:
+            judge(run(name, learn, 0, args, "3 steps", []).encoder)
+    for seed in range(args.seeds):
+        for name in names:
+            if not table.has(name, seed, len(SHARES)):
+                train(name, learn, judge, table, seed, args, budget)
+    print(f"\n{summary(table.rows)}\n\nAfter {time.monotonic() - start:.0f} s in {table.path}.")
+
+
+if __name__ == "__main__":
+    main()
