@@ -9,7 +9,7 @@ __all__ = ['TOOLS', 'tube', 'flood', 'stroke_mask', 'Labels', 'Journal', 'pack_l
            'teach_send', 'teach_state', 'teach_progress', 'save_labels', 'mask_files', 'teach_answer', 'teach_save',
            'teach_picture', 'teach']
 
-# %% ../nbs/api/21_teach.ipynb #cfc54fde
+# %% ../nbs/api/21_teach.ipynb #1da2ba71
 import base64
 import hashlib
 import json
@@ -32,7 +32,7 @@ from .retrieval import _TENSORS, MemoryBank, _append, remember_image, shrink_ban
 from .show import Picture, taught
 from .widgets import Handle, Planes, TraitValueError, as_picture, page_module
 
-# %% ../nbs/api/21_teach.ipynb #44933498
+# %% ../nbs/api/21_teach.ipynb #aa387197
 TOOLS = ("brush", "line", "circle", "polygon", "flood", "eraser")
 
 
@@ -56,7 +56,7 @@ def tube(
             found[int(y), int(x)] = True
     return found
 
-# %% ../nbs/api/21_teach.ipynb #ba97bbf2
+# %% ../nbs/api/21_teach.ipynb #6da56ad3
 def flood(
     image: np.ndarray,  # (C, H, W) in [0, 1]
     x: float,  # pixels
@@ -104,7 +104,7 @@ def stroke_mask(
         )
     return found
 
-# %% ../nbs/api/21_teach.ipynb #be7ef21b
+# %% ../nbs/api/21_teach.ipynb #60846326
 class Labels:
     "The labels of one image, with a memory of every change."
 
@@ -141,7 +141,7 @@ class Labels:
         self.mask[:, box[0], box[1]], self.known[box] = step[which]
         return True
 
-# %% ../nbs/api/21_teach.ipynb #4cf5160a
+# %% ../nbs/api/21_teach.ipynb #8e7f76df
 class Journal:
     "A file of steps, one JSON object a line; the first says what the classes are. Without a path nothing is kept."
 
@@ -196,7 +196,7 @@ def unpack_labels(
     planes = bits[: (count + 1) * shape[0] * shape[1]].reshape(count + 1, *shape).astype(bool)
     return planes[:-1], planes[-1]
 
-# %% ../nbs/api/21_teach.ipynb #214b830d
+# %% ../nbs/api/21_teach.ipynb #14196462
 class Pile:
     "Images by number: a dataset, a mapping from names to images, or a list of images."
 
@@ -242,7 +242,7 @@ class Pile:
                 self._read.pop(next(iter(self._read)))
         return self._read[index]
 
-# %% ../nbs/api/21_teach.ipynb #927dae1b
+# %% ../nbs/api/21_teach.ipynb #0cc94cc4
 @contextmanager
 def memory_of(
     encoder: object,  # an Encoder; as it was afterwards
@@ -267,7 +267,7 @@ def memory_of(
     finally:
         del encoder.encode
 
-# %% ../nbs/api/21_teach.ipynb #039ce88b
+# %% ../nbs/api/21_teach.ipynb #cf0e2404
 def learn_image(
     bank: MemoryBank,  # changed in place
     name: str,  # of the image; what the bank knew of it is replaced
@@ -312,7 +312,7 @@ def new_bank(
     tensors = remember_image({**blank, "ignore": ~blank["mask"]}, encoder)
     return MemoryBank(encoder, classes, {n: t[:0] for n, t in tensors.items()}, [])
 
-# %% ../nbs/api/21_teach.ipynb #d0b15155
+# %% ../nbs/api/21_teach.ipynb #917e268f
 class TeachTraits(Handle):
     "What the page of `teach` shows and changes."
 
@@ -345,7 +345,7 @@ class TeachTraits(Handle):
             raise TraitValueError(f"index={proposal['value']}; there are {len(self.names)} images. Count from 0.")
         return proposal["value"]
 
-# %% ../nbs/api/21_teach.ipynb #7c6e6533
+# %% ../nbs/api/21_teach.ipynb #4e0a434d
 class TeachState(TeachTraits):
     "What a session of `teach` has come to: `labels`, `known`, `prediction`, `bank`, `progress`."
 
@@ -394,7 +394,7 @@ class TeachState(TeachTraits):
         "A row for each image that has labels: stem, share labelled, share of each class, whether the bank has it."
         return teach_progress(self)
 
-# %% ../nbs/api/21_teach.ipynb #8fc9c276
+# %% ../nbs/api/21_teach.ipynb #22c68ffa
 class Teacher(TeachState):
     "The widget of `teach`: what the mouse does, as methods. Each gives the handle back, so that calls can be chained."
 
@@ -455,7 +455,7 @@ class Teacher(TeachState):
         "The static twin, `show.teach`."
         return teach_picture(self)
 
-# %% ../nbs/api/21_teach.ipynb #759aeb98
+# %% ../nbs/api/21_teach.ipynb #4c371af1
 def teach_do(
     handle: TeachState,  # changed
     step: dict,  # do: paint, undo, redo, accept or rest; and what belongs to it
@@ -533,7 +533,7 @@ def replay(
     if handle.journal.steps:
         handle.index = handle.names.index(handle.journal.steps[-1]["image"])
 
-# %% ../nbs/api/21_teach.ipynb #867a6bed
+# %% ../nbs/api/21_teach.ipynb #38825c57
 def teach_learn(
     handle: TeachState,  # its bank is changed
     index: int | None = None,  # of the image; None: the one that is shown
@@ -596,7 +596,7 @@ def next_unlabelled(
     }
     return max(new, key=new.get)
 
-# %% ../nbs/api/21_teach.ipynb #e815d2c1
+# %% ../nbs/api/21_teach.ipynb #67e79cab
 def teach_planes(
     handle: TeachState,  # has labels and a prediction
     index: int,  # of the image
@@ -680,7 +680,7 @@ def teach_progress(
             )
     return pd.DataFrame(rows)
 
-# %% ../nbs/api/21_teach.ipynb #35525b0c
+# %% ../nbs/api/21_teach.ipynb #849b365f
 def save_labels(
     handle: TeachState,  # with labels
     out: str | Path | None,  # folder
@@ -733,7 +733,7 @@ def mask_files(
         return [path]
     return [path.with_name(f"{path.stem}_{c}{path.suffix}") for c in (*classes, "ignore")]
 
-# %% ../nbs/api/21_teach.ipynb #a7433920
+# %% ../nbs/api/21_teach.ipynb #26d1608f
 def teach_answer(
     handle: TeachState,  # asked
     content: Mapping,  # kind, and what belongs to it
@@ -786,7 +786,7 @@ def teach_picture(
     ]
     return taught(items, handle.classes, light=handle.light, stretch=handle.stretch, opacity=handle.opacity)
 
-# %% ../nbs/api/21_teach.ipynb #053460bc
+# %% ../nbs/api/21_teach.ipynb #011f502e
 def teach(
     images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
     encoder: object,  # an Encoder
