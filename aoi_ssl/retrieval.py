@@ -1132,7 +1132,7 @@ def key_frame(
     bank: MemoryBank,  # the bank
     rows: Tensor,  # (n,) rows of the bank
     **columns: Tensor,  # (n,) numbers to show beside them
-) -> pd.DataFrame:  # stem, device, row, column (of the patch that holds its middle), the columns, y, x (pixels, upper left corner), turn, key
+) -> pd.DataFrame:  # stem, device, row, column (of the patch that holds its middle), the columns, y, x (pixels), turn, key
     "Where keys come from."
     p, records = bank.encoder.patch_size, [bank.images[i] for i in bank.image[rows].tolist()]
     y, x = bank.y[rows].tolist(), bank.x[rows].tolist()
