@@ -413,9 +413,9 @@ def _check_contents(
 ) -> None:
     "Raise `AoiError` if keys and encoder, or masks and classes, do not belong together."
     length, classes = tensors["keys"].shape[1], len(bank.classes)
+    device = next(bank.space.buffers(), bank.encoder.mean).device
     try:
-        there = next(bank.space.buffers(), bank.encoder.mean).device
-        expected = bank.space(torch.zeros(1, bank.encoder.dim, device=there), torch.zeros(1, 2, device=there)).shape[1]
+        expected = bank.space(torch.zeros(1, bank.encoder.dim, device=device), torch.zeros(1, 2, device=device)).shape[1]
     except RuntimeError:
         expected = "of a length that the feature space does not take"
     if length != expected:
