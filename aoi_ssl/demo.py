@@ -23,6 +23,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch import Tensor
 
 from . import show
+from .benchmark import VARIANCE
 from .core import AoiError, atomic_path, check_free, read_json, write_json
 from .data import channel_count, check_folder, class_names, device_ids, few_shot, load_folder, split_by_device
 from .encoder import Encoder, PixelEncoder, ViTEncoder
@@ -381,9 +382,10 @@ def _stage_methods(job: _Job, parts: Plan, learned: Pretrained) -> dict[str, Seg
     same = {"channels": mae.channels, "patch_size": mae.patch_size, "mean": mae.mean, "std": mae.std}
     preset = encoder_start(job.settings["encoder"], mae.channels)[1]
     random = ViTEncoder(preset, image_size=mae.vit.config.image_size, seed=job.settings["seed"], **same)
-    encoders = {MAE_BANK: mae, PIXEL_BANK: PixelEncoder(**same), RANDOM_BANK: random}
+    rivals = {PIXEL_BANK: PixelEncoder(**same), RANDOM_BANK: random}
     with job.teller.stage("Retrieve", "remember the new devices' labelled images; nothing is trained") as found:
-        methods = build_banks(parts, encoders) | build_banks(parts, {PAPER_BANK: mae}, method="paper")
+        methods = build_banks(parts, {MAE_BANK: mae}) | build_banks(parts, rivals, **VARIANCE)
+        methods |= build_banks(parts, {PAPER_BANK: mae}, method="paper")
         for device, bank in methods[MAE_BANK].items():
             bank.save(job.run / "bank" / slug(device), overwrite=True)
             found(f"{device}: {bank!r}")
