@@ -7,7 +7,6 @@ __all__ = ['patchify_mask', 'unpatchify_mask', 'rim_weights', 'lay', 'Moments', 
            'guided_filter']
 
 # %% ../nbs/api/12_patches.ipynb #574a28d1
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch

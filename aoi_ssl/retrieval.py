@@ -89,7 +89,7 @@ class Recipe:
 
 
 _RECALL = ("query_shifts", "aggregation", "decoder", "refine")  # options that a bank can change
-_ALIGNED = Recipe(layers=1 / 3, centre="window", whiten=96, shrink=0.3, bank_shifts=16, between=True, query_shifts=2, halo=4,
+_ALIGNED = Recipe(layers=1 / 3, centre="window", whiten=64, shrink=0.3, steady=True, bank_shifts=16, between=True, query_shifts=2, halo=4,
                   aggregation="distance", refine=1)
 METHODS = {
     "paper": Recipe(),
@@ -413,9 +413,9 @@ def _check_contents(
 ) -> None:
     "Raise `AoiError` if keys and encoder, or masks and classes, do not belong together."
     length, classes = tensors["keys"].shape[1], len(bank.classes)
+    device = next(bank.space.buffers(), bank.encoder.mean).device
     try:
-        there = next(bank.space.buffers(), bank.encoder.mean).device
-        expected = bank.space(torch.zeros(1, bank.encoder.dim, device=there), torch.zeros(1, 2, device=there)).shape[1]
+        expected = bank.space(torch.zeros(1, bank.encoder.dim, device=device), torch.zeros(1, 2, device=device)).shape[1]
     except RuntimeError:
         expected = "of a length that the feature space does not take"
     if length != expected:
@@ -1132,7 +1132,7 @@ def key_frame(
     bank: MemoryBank,  # the bank
     rows: Tensor,  # (n,) rows of the bank
     **columns: Tensor,  # (n,) numbers to show beside them
-) -> pd.DataFrame:  # stem, device, row, column (of the patch that holds its middle), the columns, y, x (pixels, upper left corner), turn, key
+) -> pd.DataFrame:  # stem, device, row, column (of the patch that holds its middle), the columns, y, x (pixels), turn, key
     "Where keys come from."
     p, records = bank.encoder.patch_size, [bank.images[i] for i in bank.image[rows].tolist()]
     y, x = bank.y[rows].tolist(), bank.x[rows].tolist()

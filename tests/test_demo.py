@@ -12,13 +12,25 @@ from datasets import DatasetDict, concatenate_datasets
 from aoi_ssl import demo as demo_verb
 from aoi_ssl.core import AoiError
 from aoi_ssl.data import load_folder
-from aoi_ssl.demo import MAE_BANK, MAE_UPERNET, PIXEL_BANK, RANDOM_BANK, SCRATCH_UPERNET, open_run, plan, roles, verdict
+from aoi_ssl.demo import (
+    MAE_BANK,
+    MAE_UPERNET,
+    PAPER_BANK,
+    PIXEL_BANK,
+    RANDOM_BANK,
+    SCRATCH_UPERNET,
+    encoder_start,
+    open_run,
+    plan,
+    roles,
+    verdict,
+)
 from aoi_ssl.encoder import Encoder
 from aoi_ssl.predict import load_segmenter
 
 QUICK = {"encoder": "nano", "pretrain_budget": "2 steps", "finetune_budget": "2 steps", "labels": 2, "quiet": True}
 DEEPPCB = Path(__file__).parents[2] / "shared" / "data" / "deeppcb"
-METHODS = {MAE_BANK, PIXEL_BANK, RANDOM_BANK, MAE_UPERNET, SCRATCH_UPERNET}
+METHODS = {MAE_BANK, PIXEL_BANK, RANDOM_BANK, PAPER_BANK, MAE_UPERNET, SCRATCH_UPERNET}
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +166,9 @@ def test_the_verdict_says_so_when_pretraining_lost():
     )
     text = " ".join(verdict(means))
     assert "Pre-training lost to raw pixels" in text and "beat starting from scratch" in text
+
+
+def test_what_the_encoder_of_a_run_means():
+    assert encoder_start("nano", 2) == (None, "nano")
+    assert encoder_start("aoi-mae-tiny", 2) == ("aoi-mae-tiny", "tiny")
+    assert encoder_start("aoi-mae-small", 1) == (None, "small")  # one light: nothing to go on from

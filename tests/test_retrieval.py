@@ -674,7 +674,7 @@ def test_between_and_beyond_16_grids_only_edges_are_remembered(tmp_path, pixels)
         assert bank.keys[~late].equal(banks["few"].keys)
         assert ((bank.x[late] - 2 < 20) & (bank.x[late] + 18 >= 20)).all() and bank.keys.isfinite().all()
         for row in late.nonzero().flatten()[::17].tolist():  # and the masks are cut where the patch is
-            y, x = int(bank.y[row]), int(bank.x[row])
+            x = int(bank.x[row])
             inside = patch_masks(bank, [row], "known")[0, 0]
             assert patch_masks(bank, [row])[0, 0].equal(inside & (torch.arange(x - 2, x + 18) >= 20))
     assert len(banks["few"].keys) < len(banks["between"].keys) <= len(banks["many"].keys)
@@ -684,7 +684,8 @@ def test_between_and_beyond_16_grids_only_edges_are_remembered(tmp_path, pixels)
 
 def test_refinement_needs_the_lights(dataset, pixels):
     bank = paper_bank(dataset, pixels, refine=1, calibrate=False)
-    assert len(bank.lights) == 5 and bank.using(refine=0).lights == [] and bank.subset(stem=dataset[1]["stem"]).lights[0].equal(bank.lights[1])
+    assert len(bank.lights) == 5 and bank.using(refine=0).lights == []
+    assert bank.subset(stem=dataset[1]["stem"]).lights[0].equal(bank.lights[1])
     image = dataset[0]["image"][None]
     plain = bank.using(refine=0).predict(image)
     assert torch.allclose(bank.predict(image), guided_filter(plain, image, radius=1))
