@@ -798,7 +798,7 @@ def score_chart(
     figure.alt = f"{metric} for each {by}: {'; '.join(words)}."
     return figure
 
-# %% ../nbs/api/17_show.ipynb #4bd1669c
+# %% ../nbs/api/17_show.ipynb #ded88826
 def layer_encoder(
     encoder: object,  # an Encoder
     layer: int | None,  # block whose output is wanted, 1 is the first; None: what the encoder itself gives
@@ -821,7 +821,7 @@ def encoder_layers(
     vit = getattr(encoder, "vit", None)
     return [None, *range(1, vit.config.num_hidden_layers + 1)] if vit is not None else [None]
 
-# %% ../nbs/api/17_show.ipynb #3c8374ee
+# %% ../nbs/api/17_show.ipynb #63915f22
 def whitening(
     embeddings: Tensor,  # (n, D) embeddings to learn the directions from
     *,
@@ -835,7 +835,7 @@ def whitening(
     spread, axes = spread[-keep:].clamp(min=0), axes[:, -keep:]
     return mean, axes / (spread + 1e-3 * spread[-1].clamp(min=1e-12)).sqrt()
 
-# %% ../nbs/api/17_show.ipynb #8dac9ecb
+# %% ../nbs/api/17_show.ipynb #ebf02d0c
 SPACES = ("plain", "whitened")  # how embeddings are compared
 
 
@@ -869,7 +869,7 @@ def to_space(
     mean, matrix = white = whitening(learn)
     return [functional.normalize((g - mean) @ matrix, dim=-1) for g in grids], white
 
-# %% ../nbs/api/17_show.ipynb #f60b0a55
+# %% ../nbs/api/17_show.ipynb #085a59f9
 def as_held(
     held: Sequence,  # pixels (y, x) of the first image; or dicts with image, row, column, minus
     grids: Sequence[tuple[int, int]],  # rows and columns of each image's patches
@@ -903,7 +903,7 @@ def held_query(
         query = query + (-1 if minus else 1) * (torch.stack(some).mean(0) if some else 0)
     return functional.normalize(query, dim=-1)
 
-# %% ../nbs/api/17_show.ipynb #f952b311
+# %% ../nbs/api/17_show.ipynb #efc68089
 def pca_colours(
     grids: Sequence[Tensor],  # (h, w, d) each
 ) -> list[np.ndarray]:  # (h, w, 3) uint8 each
@@ -918,7 +918,7 @@ def pca_colours(
     ends = np.cumsum([g.shape[0] * g.shape[1] for g in grids])[:-1]
     return [c.reshape(*g.shape[:2], 3) for c, g in zip(np.split(colours, ends), grids, strict=True)]
 
-# %% ../nbs/api/17_show.ipynb #b5659c90
+# %% ../nbs/api/17_show.ipynb #3d78b957
 def plain_keys(
     bank: object,  # a MemoryBank, or None
     encoder: object,  # an Encoder
@@ -967,7 +967,7 @@ def neighbours_of_held(
     )
     return bank.neighbours(torch.as_tensor(images[one["image"]]), y, x, k=k)
 
-# %% ../nbs/api/17_show.ipynb #775cb8aa
+# %% ../nbs/api/17_show.ipynb #de8f1ac8
 def image_of(
     images: object,  # a dataset with a column "stem", a mapping stem -> (C, H, W) in [0, 1], or None
     stem: str,  # which
@@ -1010,13 +1010,15 @@ def thumbnail(
     p = mask.shape[-1]
     ground = np.full((size, size, 3), 0.35, np.float32)
     if image is not None:
-        part = image[:, y:y + p, x:x + p]
-        part = np.pad(part, ((0, 0), (0, p - part.shape[1]), (0, p - part.shape[2])), mode="edge")
+        part = image[:, max(y, 0) : y + p, max(x, 0) : x + p]  # a patch may reach beyond the image on every side
+        before = max(-y, 0), max(-x, 0)
+        after = (p - b - n for b, n in zip(before, part.shape[1:], strict=True))
+        part = np.pad(part, ((0, 0), *zip(before, after, strict=True)), mode="edge")
         ground = _background(part, light, (size, size))
     painted = _paint(ground, _pool_counts(mask, size, size) > 0, alpha=alpha)
     return (painted * 255).round().astype(np.uint8)
 
-# %% ../nbs/api/17_show.ipynb #16f3b880
+# %% ../nbs/api/17_show.ipynb #c92b435d
 def explore(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     encoder: object,  # an Encoder
@@ -1049,7 +1051,7 @@ def explore(
     look |= {"light": light, "stretch": stretch, "width": width}
     return explored(images, grids, held, encoder.patch_size, bank=bank, table=table, bank_images=bank_images, **look)
 
-# %% ../nbs/api/17_show.ipynb #3028bde3
+# %% ../nbs/api/17_show.ipynb #a0a6cd9b
 def scale_limits(
     maps: Sequence[np.ndarray],  # (h, w) similarities, of each image
     held: Sequence[Mapping],  # the held patches, from `as_held`
@@ -1061,7 +1063,7 @@ def scale_limits(
     values = np.sort(np.concatenate([m[o] for m, o in zip(maps, others, strict=True)])) if len(maps) else np.zeros(0)
     return (float(values[len(values) // 10]), float(values[-1])) if len(values) else (0.0, 1.0)
 
-# %% ../nbs/api/17_show.ipynb #6cbfd606
+# %% ../nbs/api/17_show.ipynb #b190feb3
 def explored(
     images: Sequence[np.ndarray],  # (C, H, W) in [0, 1]
     grids: Sequence[Tensor],  # from `feature_grids`
@@ -1105,7 +1107,7 @@ def explored(
         _neighbour_strip(figure, table, bank, bank_images, light, bottom=_EDGE + 36 * shown)
     return figure
 
-# %% ../nbs/api/17_show.ipynb #036cc70e
+# %% ../nbs/api/17_show.ipynb #e1dc0ff3
 def _explored_panels(count: int, overlay: str, shown: bool) -> list[tuple[int, bool]]:
     "Which image each panel shows, and whether without colours: the first image twice, if there are any."
     return [(0, True)] * (shown or overlay == "pca") + [(i, False) for i in range(count)]
@@ -1161,7 +1163,7 @@ def _neighbour_strip(
         for n, line in enumerate(lines):
             _text(figure, x, bottom + 36 - 13 * n, line, size=8, va="center_baseline")
 
-# %% ../nbs/api/17_show.ipynb #16856656
+# %% ../nbs/api/17_show.ipynb #6edb98e4
 def inspect(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
@@ -1201,7 +1203,7 @@ def name_segmenters(
         )
     return named
 
-# %% ../nbs/api/17_show.ipynb #b0be9d19
+# %% ../nbs/api/17_show.ipynb #7d3ccea9
 def novelty_of(
     segmenter: object,  # a Segmenter; one that knows novelty has `novelty(image)`
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
@@ -1216,7 +1218,7 @@ def novelty_of(
         raise AoiError(f"novelty gave {tuple(found.shape)}; (height, width), of pixels or of patches, was expected.")
     return functional.interpolate(found[None, None], image.shape[-2:], mode="nearest-exact")[0, 0].cpu().numpy()
 
-# %% ../nbs/api/17_show.ipynb #b126a227
+# %% ../nbs/api/17_show.ipynb #12b0ebcc
 def inspected(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     probabilities: Mapping[str, np.ndarray],  # name -> (K, H, W)
@@ -1282,7 +1284,7 @@ def _heat_maps(
         )
     return figure
 
-# %% ../nbs/api/17_show.ipynb #2c0e4511
+# %% ../nbs/api/17_show.ipynb #ca763fbf
 def teach(
     images: Sequence[Tensor | np.ndarray],  # (C, H, W) in [0, 1] each
     bank: object,  # a MemoryBank, or any Segmenter
@@ -1335,7 +1337,7 @@ def taught(
         _put(panel, _letterbox(_paint(ground, _pool_counts(mask, *ground.shape[:2]) > 0, alpha=opacity), size))
     return figure
 
-# %% ../nbs/api/17_show.ipynb #1d65bf8c
+# %% ../nbs/api/17_show.ipynb #92f2a792
 def watch(
     run: object,  # what `pretrain` or `finetune` gave, a history, or name -> these
     image: Tensor | np.ndarray | None = None,  # (C, H, W) in [0, 1], to rebuild and to compare patches of
