@@ -6,7 +6,7 @@
 __all__ = ['to_bytes', 'Features', 'ExploreTraits', 'Explorer', 'explore_embed', 'explore_neighbours', 'explore_search',
            'explore_picture', 'explore']
 
-# %% ../nbs/api/19_explore.ipynb #27316e2c
+# %% ../nbs/api/19_explore.ipynb #00f040b4
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,7 +32,7 @@ from aoi_ssl.show import (
 )
 from .widgets import SCALES, BankPictures, BankTraits, Planes, as_picture, page_module, wrong_trait
 
-# %% ../nbs/api/19_explore.ipynb #6f12b2ae
+# %% ../nbs/api/19_explore.ipynb #a2d451a7
 def to_bytes(
     grid: Tensor,  # (h, w, d) of length 1
 ) -> tuple[bytes, bytes]:  # int8, row by row; float32, the scale of each patch
@@ -41,7 +41,7 @@ def to_bytes(
     scale = flat.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
     return (flat / scale).round().to(torch.int8).numpy().tobytes(), scale.numpy().tobytes()
 
-# %% ../nbs/api/19_explore.ipynb #3bf393ca
+# %% ../nbs/api/19_explore.ipynb #b9f898d9
 class Features:
     "The patches of some images, embedded once for each layer and space that is asked for."
 
@@ -68,7 +68,7 @@ class Features:
                 )
         return self.known[layer, space]
 
-# %% ../nbs/api/19_explore.ipynb #8e05faec
+# %% ../nbs/api/19_explore.ipynb #b3ea4f69
 class ExploreTraits(BankTraits):
     "What the page of `explore` shows and changes."
 
@@ -90,7 +90,7 @@ class ExploreTraits(BankTraits):
     layers = traitlets.List().tag(sync=True)
     k = traitlets.Int(6, min=1)
 
-# %% ../nbs/api/19_explore.ipynb #9be243fb
+# %% ../nbs/api/19_explore.ipynb #f73c5174
 class Explorer(ExploreTraits):
     "The widget of `explore`; `held` is what is looked for, `similarity` and `neighbours` is what was found."
 
@@ -160,7 +160,7 @@ class Explorer(ExploreTraits):
         "The static twin, `show.explore`."
         return explore_picture(self)
 
-# %% ../nbs/api/19_explore.ipynb #4bca3ee4
+# %% ../nbs/api/19_explore.ipynb #7ca0e01b
 def explore_embed(
     handle: Explorer,  # its traits are set
 ) -> None:
@@ -174,7 +174,7 @@ def explore_embed(
         handle.packed = [numbers for numbers, _ in packed]
         handle.packed_scales = [scales for _, scales in packed]
 
-# %% ../nbs/api/19_explore.ipynb #5265544f
+# %% ../nbs/api/19_explore.ipynb #d85f2e30
 def explore_neighbours(
     handle: Explorer,  # with something held
 ) -> pd.DataFrame:  # as `show.bank_neighbours`
@@ -206,7 +206,7 @@ def explore_search(
     except AoiError as e:
         handle.show_near(pd.DataFrame(), str(e))
 
-# %% ../nbs/api/19_explore.ipynb #d8a20493
+# %% ../nbs/api/19_explore.ipynb #17c90ed1
 def explore_picture(
     handle: Explorer,  # what is shown
 ) -> Picture:  # the figure
@@ -219,7 +219,7 @@ def explore_picture(
         bank_images=handle.pictures and handle.pictures.images, names=names, **look,
     )
 
-# %% ../nbs/api/19_explore.ipynb #230bdbf9
+# %% ../nbs/api/19_explore.ipynb #19742145
 def explore(
     image: Tensor | np.ndarray | Mapping,  # (C, H, W) in [0, 1], or a row of a dataset
     encoder: object,  # an Encoder

@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'threshold_curves', 'InspectTraits', 'Inspector', 'inspect_truth', 'inspect_planes', 'inspect_scores',
            'inspect_table', 'inspect_pixel', 'inspect']
 
-# %% ../nbs/api/20_inspect.ipynb #4140565d
+# %% ../nbs/api/20_inspect.ipynb #129104e6
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,7 +22,7 @@ from .predict import Segmenter, predict_image
 from .show import ERROR_COLOURS, Picture, _mask, inspected, name_segmenters, novelty_of
 from .widgets import BankPictures, BankTraits, Planes, TraitValueError, as_picture, page_module
 
-# %% ../nbs/api/20_inspect.ipynb #611b9c36
+# %% ../nbs/api/20_inspect.ipynb #addd96b5
 STEPS = torch.arange(101) / 100  # 0, 0.01 ... 1: the thresholds that can be chosen
 
 
@@ -44,7 +44,7 @@ def threshold_curves(
     plain = lambda row: [None if v != v else v for v in row]
     return [{name: plain(rows[k]) for name, rows in rounded.items()} for k in range(len(probabilities))]
 
-# %% ../nbs/api/20_inspect.ipynb #d001d94b
+# %% ../nbs/api/20_inspect.ipynb #48cf2784
 class InspectTraits(BankTraits):
     "What the page of `inspect` shows and changes."
 
@@ -81,7 +81,7 @@ class InspectTraits(BankTraits):
             raise TraitValueError(f"Pixel {pixel} is outside the image of {height} x {width} pixels. Count from 0.")
         return pixel or None
 
-# %% ../nbs/api/20_inspect.ipynb #0bbfa060
+# %% ../nbs/api/20_inspect.ipynb #f8d8d4f0
 class Inspector(InspectTraits):
     "The widget of `inspect`; `masks` and `scores` follow the thresholds."
 
@@ -162,7 +162,7 @@ class Inspector(InspectTraits):
         options = {"ignore": self.ignore, "novelty": self.novelty, "shown": shown, **look}
         return inspected(self.image, found, thresholds, self.classes, self.truth, **options)
 
-# %% ../nbs/api/20_inspect.ipynb #48d9636d
+# %% ../nbs/api/20_inspect.ipynb #1eb7d303
 def inspect_truth(
     image: np.ndarray,  # (C, H, W)
     truth: Tensor | np.ndarray | None,  # (K, H, W) bool
@@ -198,7 +198,7 @@ def inspect_planes(
     ]
     return np.concatenate(parts + scaled), novelty, limits
 
-# %% ../nbs/api/20_inspect.ipynb #433836c5
+# %% ../nbs/api/20_inspect.ipynb #a12a1bb9
 def inspect_scores(
     handle: Inspector,  # with a truth
 ) -> pd.DataFrame:  # segmenter, class, threshold, tp, fp, fn, support, iou, dice, precision, recall
@@ -231,7 +231,7 @@ def inspect_table(
         rows.append(frame)
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/api/20_inspect.ipynb #02ba123c
+# %% ../nbs/api/20_inspect.ipynb #07c01826
 def inspect_pixel(
     handle: Inspector,  # its `why` and its neighbours are set
 ) -> None:
@@ -254,7 +254,7 @@ def inspect_pixel(
             handle.bank.neighbours(handle.image, handle.pixel["y"], handle.pixel["x"], k=max(3, handle.bank.k))
         )
 
-# %% ../nbs/api/20_inspect.ipynb #d2d48bac
+# %% ../nbs/api/20_inspect.ipynb #113345ae
 def inspect(
     image: Tensor | np.ndarray | Mapping,  # (C, H, W) in [0, 1]; or a row of a dataset, which brings its truth along
     segmenters: Segmenter | Mapping[str, Segmenter],  # one, or several by name, side by side

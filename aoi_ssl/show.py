@@ -798,7 +798,7 @@ def score_chart(
     figure.alt = f"{metric} for each {by}: {'; '.join(words)}."
     return figure
 
-# %% ../nbs/api/17_show.ipynb #92ab97fe
+# %% ../nbs/api/17_show.ipynb #4bd1669c
 def layer_encoder(
     encoder: object,  # an Encoder
     layer: int | None,  # block whose output is wanted, 1 is the first; None: what the encoder itself gives
@@ -821,7 +821,7 @@ def encoder_layers(
     vit = getattr(encoder, "vit", None)
     return [None, *range(1, vit.config.num_hidden_layers + 1)] if vit is not None else [None]
 
-# %% ../nbs/api/17_show.ipynb #d1e42c53
+# %% ../nbs/api/17_show.ipynb #3c8374ee
 def whitening(
     embeddings: Tensor,  # (n, D) embeddings to learn the directions from
     *,
@@ -835,7 +835,7 @@ def whitening(
     spread, axes = spread[-keep:].clamp(min=0), axes[:, -keep:]
     return mean, axes / (spread + 1e-3 * spread[-1].clamp(min=1e-12)).sqrt()
 
-# %% ../nbs/api/17_show.ipynb #8a5d5eb6
+# %% ../nbs/api/17_show.ipynb #8dac9ecb
 SPACES = ("plain", "whitened")  # how embeddings are compared
 
 
@@ -869,7 +869,7 @@ def to_space(
     mean, matrix = white = whitening(learn)
     return [functional.normalize((g - mean) @ matrix, dim=-1) for g in grids], white
 
-# %% ../nbs/api/17_show.ipynb #e3ccf1d7
+# %% ../nbs/api/17_show.ipynb #f60b0a55
 def as_held(
     held: Sequence,  # pixels (y, x) of the first image; or dicts with image, row, column, minus
     grids: Sequence[tuple[int, int]],  # rows and columns of each image's patches
@@ -903,7 +903,7 @@ def held_query(
         query = query + (-1 if minus else 1) * (torch.stack(some).mean(0) if some else 0)
     return functional.normalize(query, dim=-1)
 
-# %% ../nbs/api/17_show.ipynb #862c7981
+# %% ../nbs/api/17_show.ipynb #f952b311
 def pca_colours(
     grids: Sequence[Tensor],  # (h, w, d) each
 ) -> list[np.ndarray]:  # (h, w, 3) uint8 each
@@ -918,14 +918,13 @@ def pca_colours(
     ends = np.cumsum([g.shape[0] * g.shape[1] for g in grids])[:-1]
     return [c.reshape(*g.shape[:2], 3) for c, g in zip(np.split(colours, ends), grids, strict=True)]
 
-# %% ../nbs/api/17_show.ipynb #4e49c5ce
+# %% ../nbs/api/17_show.ipynb #b5659c90
 def plain_keys(
     bank: object,  # a MemoryBank, or None
     encoder: object,  # an Encoder
 ) -> Tensor | None:  # (N, D) of length 1; None where the bank has mapped them to a space of its own
     "The keys of a bank if they are the encoder's embeddings as they are."
-    own = getattr(bank, "space", None)
-    plain = bank is not None and bank.keys.shape[1] == encoder.dim and not len(getattr(own, "steps", ()))
+    plain = bank is not None and bank.keys.shape[1] == encoder.dim and not len(bank.space.steps)
     return bank.keys if plain else None
 
 
@@ -968,7 +967,7 @@ def neighbours_of_held(
     )
     return bank.neighbours(torch.as_tensor(images[one["image"]]), y, x, k=k)
 
-# %% ../nbs/api/17_show.ipynb #e7fd5dab
+# %% ../nbs/api/17_show.ipynb #775cb8aa
 def image_of(
     images: object,  # a dataset with a column "stem", a mapping stem -> (C, H, W) in [0, 1], or None
     stem: str,  # which
@@ -992,7 +991,7 @@ def upright_masks(
     rows = torch.as_tensor(rows, dtype=torch.int64, device=bank.keys.device)
     masks, p = patch_masks(bank, rows).cpu().numpy(), bank.encoder.patch_size
     rim = (masks.shape[-1] - p) // 2
-    turns = bank.turn[rows].tolist() if hasattr(bank, "turn") else [0] * len(rows)
+    turns = bank.turn[rows].tolist()
     upright = [np.rot90(m, -(0, 2, 1, 3)[t % 4], (1, 2))[..., :: -1 if t >= 4 else 1] for m, t in zip(masks, turns, strict=True)]
     return np.stack(upright)[..., rim : rim + p, rim : rim + p] if upright else masks
 
@@ -1017,7 +1016,7 @@ def thumbnail(
     painted = _paint(ground, _pool_counts(mask, size, size) > 0, alpha=alpha)
     return (painted * 255).round().astype(np.uint8)
 
-# %% ../nbs/api/17_show.ipynb #5f748264
+# %% ../nbs/api/17_show.ipynb #16f3b880
 def explore(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     encoder: object,  # an Encoder
@@ -1050,7 +1049,7 @@ def explore(
     look |= {"light": light, "stretch": stretch, "width": width}
     return explored(images, grids, held, encoder.patch_size, bank=bank, table=table, bank_images=bank_images, **look)
 
-# %% ../nbs/api/17_show.ipynb #94256a70
+# %% ../nbs/api/17_show.ipynb #3028bde3
 def scale_limits(
     maps: Sequence[np.ndarray],  # (h, w) similarities, of each image
     held: Sequence[Mapping],  # the held patches, from `as_held`
@@ -1062,7 +1061,7 @@ def scale_limits(
     values = np.sort(np.concatenate([m[o] for m, o in zip(maps, others, strict=True)])) if len(maps) else np.zeros(0)
     return (float(values[len(values) // 10]), float(values[-1])) if len(values) else (0.0, 1.0)
 
-# %% ../nbs/api/17_show.ipynb #04f16c60
+# %% ../nbs/api/17_show.ipynb #6cbfd606
 def explored(
     images: Sequence[np.ndarray],  # (C, H, W) in [0, 1]
     grids: Sequence[Tensor],  # from `feature_grids`
@@ -1106,7 +1105,7 @@ def explored(
         _neighbour_strip(figure, table, bank, bank_images, light, bottom=_EDGE + 36 * shown)
     return figure
 
-# %% ../nbs/api/17_show.ipynb #1f67c2b8
+# %% ../nbs/api/17_show.ipynb #036cc70e
 def _explored_panels(count: int, overlay: str, shown: bool) -> list[tuple[int, bool]]:
     "Which image each panel shows, and whether without colours: the first image twice, if there are any."
     return [(0, True)] * (shown or overlay == "pca") + [(i, False) for i in range(count)]
@@ -1162,7 +1161,7 @@ def _neighbour_strip(
         for n, line in enumerate(lines):
             _text(figure, x, bottom + 36 - 13 * n, line, size=8, va="center_baseline")
 
-# %% ../nbs/api/17_show.ipynb #fd3d7ffc
+# %% ../nbs/api/17_show.ipynb #16856656
 def inspect(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
@@ -1202,7 +1201,7 @@ def name_segmenters(
         )
     return named
 
-# %% ../nbs/api/17_show.ipynb #b17254bc
+# %% ../nbs/api/17_show.ipynb #b0be9d19
 def novelty_of(
     segmenter: object,  # a Segmenter; one that knows novelty has `novelty(image)`
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
@@ -1217,7 +1216,7 @@ def novelty_of(
         raise AoiError(f"novelty gave {tuple(found.shape)}; (height, width), of pixels or of patches, was expected.")
     return functional.interpolate(found[None, None], image.shape[-2:], mode="nearest-exact")[0, 0].cpu().numpy()
 
-# %% ../nbs/api/17_show.ipynb #7d3148b2
+# %% ../nbs/api/17_show.ipynb #b126a227
 def inspected(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
     probabilities: Mapping[str, np.ndarray],  # name -> (K, H, W)
@@ -1283,7 +1282,7 @@ def _heat_maps(
         )
     return figure
 
-# %% ../nbs/api/17_show.ipynb #e6113fce
+# %% ../nbs/api/17_show.ipynb #2c0e4511
 def teach(
     images: Sequence[Tensor | np.ndarray],  # (C, H, W) in [0, 1] each
     bank: object,  # a MemoryBank, or any Segmenter
@@ -1336,7 +1335,7 @@ def taught(
         _put(panel, _letterbox(_paint(ground, _pool_counts(mask, *ground.shape[:2]) > 0, alpha=opacity), size))
     return figure
 
-# %% ../nbs/api/17_show.ipynb #dc03d4b6
+# %% ../nbs/api/17_show.ipynb #1d65bf8c
 def watch(
     run: object,  # what `pretrain` or `finetune` gave, a history, or name -> these
     image: Tensor | np.ndarray | None = None,  # (C, H, W) in [0, 1], to rebuild and to compare patches of

@@ -9,7 +9,7 @@ __all__ = ['TOOLS', 'tube', 'flood', 'stroke_mask', 'Labels', 'Journal', 'pack_l
            'teach_send', 'teach_state', 'teach_progress', 'save_labels', 'mask_files', 'teach_answer', 'teach_save',
            'teach_picture', 'teach']
 
-# %% ../nbs/api/21_teach.ipynb #9af12136
+# %% ../nbs/api/21_teach.ipynb #1da2ba71
 import base64
 import hashlib
 import json
@@ -28,12 +28,11 @@ from torch import Tensor
 
 from .core import AoiError, write_json
 from .data import class_names, fill_polygon, mask_format_of, native_item, to_unit, write_mask
-from . import retrieval
-from .retrieval import MemoryBank, remember_image
+from .retrieval import _TENSORS, MemoryBank, _append, remember_image, shrink_bank
 from .show import Picture, taught
 from .widgets import Handle, Planes, TraitValueError, as_picture, page_module
 
-# %% ../nbs/api/21_teach.ipynb #9b5fca4a
+# %% ../nbs/api/21_teach.ipynb #aa387197
 TOOLS = ("brush", "line", "circle", "polygon", "flood", "eraser")
 
 
@@ -57,7 +56,7 @@ def tube(
             found[int(y), int(x)] = True
     return found
 
-# %% ../nbs/api/21_teach.ipynb #e222e229
+# %% ../nbs/api/21_teach.ipynb #6da56ad3
 def flood(
     image: np.ndarray,  # (C, H, W) in [0, 1]
     x: float,  # pixels
@@ -105,7 +104,7 @@ def stroke_mask(
         )
     return found
 
-# %% ../nbs/api/21_teach.ipynb #dbb0a696
+# %% ../nbs/api/21_teach.ipynb #60846326
 class Labels:
     "The labels of one image, with a memory of every change."
 
@@ -142,7 +141,7 @@ class Labels:
         self.mask[:, box[0], box[1]], self.known[box] = step[which]
         return True
 
-# %% ../nbs/api/21_teach.ipynb #839671ae
+# %% ../nbs/api/21_teach.ipynb #8e7f76df
 class Journal:
     "A file of steps, one JSON object a line; the first says what the classes are. Without a path nothing is kept."
 
@@ -197,7 +196,7 @@ def unpack_labels(
     planes = bits[: (count + 1) * shape[0] * shape[1]].reshape(count + 1, *shape).astype(bool)
     return planes[:-1], planes[-1]
 
-# %% ../nbs/api/21_teach.ipynb #b3138217
+# %% ../nbs/api/21_teach.ipynb #14196462
 class Pile:
     "Images by number: a dataset, a mapping from names to images, or a list of images."
 
@@ -243,7 +242,7 @@ class Pile:
                 self._read.pop(next(iter(self._read)))
         return self._read[index]
 
-# %% ../nbs/api/21_teach.ipynb #a2aee419
+# %% ../nbs/api/21_teach.ipynb #0cc94cc4
 @contextmanager
 def memory_of(
     encoder: object,  # an Encoder; as it was afterwards
@@ -255,7 +254,7 @@ def memory_of(
     encode = encoder.encode
 
     def recalled(images: Tensor) -> Tensor:
-        key = (tuple(images.shape), hashlib.blake2b(images.contiguous().numpy().data, digest_size=16).digest())
+        key = (tuple(images.shape), hashlib.blake2b(images.cpu().contiguous().numpy().data, digest_size=16).digest())
         if key not in kept:
             kept[key] = encode(images)
             while len(kept) > most:
@@ -268,7 +267,7 @@ def memory_of(
     finally:
         del encoder.encode
 
-# %% ../nbs/api/21_teach.ipynb #ffa3720a
+# %% ../nbs/api/21_teach.ipynb #cf0e2404
 def learn_image(
     bank: MemoryBank,  # changed in place
     name: str,  # of the image; what the bank knew of it is replaced
@@ -281,43 +280,26 @@ def learn_image(
     mask, known = torch.from_numpy(labels.mask), torch.from_numpy(labels.known)
     item = {"image": torch.as_tensor(image), "mask": mask, "ignore": (~known).expand(mask.shape)}
     forget_image(bank, name)
-    options = {n: getattr(bank, n) for n in ("recipe", "space", "size") if hasattr(bank, n)}
+    options = {"recipe": bank.recipe, "space": bank.space, "size": bank.size}
     tensors = remember_image(item, bank.encoder, number=len(bank.images), **options)
-    for part, more in tensors.items():
-        setattr(bank, part, torch.cat([getattr(bank, part), more.to(bank.keys.device)]))
     shown = [c for c, m in zip(bank.classes, labels.mask & labels.known, strict=True) if m.any()]
-    size = {"height": mask.shape[1], "width": mask.shape[2]}
-    bank.images.append({"stem": name, "device": device, **size, "classes": shown})
-    if getattr(getattr(bank, "recipe", None), "refine", False):
-        bank.lights.append((torch.as_tensor(image) * 255).round().byte())
-    _renew(bank)
+    record = {"stem": name, "device": device, "height": mask.shape[1], "width": mask.shape[2], "classes": shown}
+    lights = [(torch.as_tensor(image) * 255).round().byte()]
+    _append(bank, tensors, [record], lights, calibrate=False)
 
 
 def forget_image(
     bank: MemoryBank,  # changed in place
     name: str,  # of the image
 ) -> None:
-    "Take an image out of a bank, if it is there."
+    "Take an image out of a bank, if it is there; the last one leaves an empty bank."
     stems = [record["stem"] for record in bank.images]
-    if name not in stems:
-        return
-    number = stems.index(name)
-    keep = bank.image != number
-    for part in retrieval._TENSORS:
-        rows = torch.arange(len(stems), device=keep.device) != number if part == "image_keys" else keep
-        setattr(bank, part, getattr(bank, part)[rows])
-    bank.image = bank.image - (bank.image > number).to(bank.image)
-    for records in (bank.images, getattr(bank, "lights", [])):
-        del records[number:number + 1]
-    _renew(bank)
-
-
-def _renew(bank: MemoryBank) -> None:
-    "Bring up to date what a bank has derived from its patches."
-    if hasattr(bank, "_cache"):
-        bank._cache = {}
-    if hasattr(retrieval, "fit_regression") and len(bank.keys):
-        retrieval.fit_regression(bank)
+    if name in stems and len(stems) > 1:
+        shrink_bank(bank, stem=name, calibrate=False)
+    elif name in stems:
+        for part in _TENSORS:
+            setattr(bank, part, getattr(bank, part)[:0])
+        bank.images, bank.lights, bank.regression, bank._cache = [], [], None, {}
 
 
 def new_bank(
@@ -330,7 +312,7 @@ def new_bank(
     tensors = remember_image({**blank, "ignore": ~blank["mask"]}, encoder)
     return MemoryBank(encoder, classes, {n: t[:0] for n, t in tensors.items()}, [])
 
-# %% ../nbs/api/21_teach.ipynb #a746ffe1
+# %% ../nbs/api/21_teach.ipynb #917e268f
 class TeachTraits(Handle):
     "What the page of `teach` shows and changes."
 
@@ -363,7 +345,7 @@ class TeachTraits(Handle):
             raise TraitValueError(f"index={proposal['value']}; there are {len(self.names)} images. Count from 0.")
         return proposal["value"]
 
-# %% ../nbs/api/21_teach.ipynb #9bffa3bb
+# %% ../nbs/api/21_teach.ipynb #4e0a434d
 class TeachState(TeachTraits):
     "What a session of `teach` has come to: `labels`, `known`, `prediction`, `bank`, `progress`."
 
@@ -412,7 +394,7 @@ class TeachState(TeachTraits):
         "A row for each image that has labels: stem, share labelled, share of each class, whether the bank has it."
         return teach_progress(self)
 
-# %% ../nbs/api/21_teach.ipynb #2d2a9d29
+# %% ../nbs/api/21_teach.ipynb #22c68ffa
 class Teacher(TeachState):
     "The widget of `teach`: what the mouse does, as methods. Each gives the handle back, so that calls can be chained."
 
@@ -473,7 +455,7 @@ class Teacher(TeachState):
         "The static twin, `show.teach`."
         return teach_picture(self)
 
-# %% ../nbs/api/21_teach.ipynb #d34e9ca2
+# %% ../nbs/api/21_teach.ipynb #4c371af1
 def teach_do(
     handle: TeachState,  # changed
     step: dict,  # do: paint, undo, redo, accept or rest; and what belongs to it
@@ -551,7 +533,7 @@ def replay(
     if handle.journal.steps:
         handle.index = handle.names.index(handle.journal.steps[-1]["image"])
 
-# %% ../nbs/api/21_teach.ipynb #a222d3c9
+# %% ../nbs/api/21_teach.ipynb #38825c57
 def teach_learn(
     handle: TeachState,  # its bank is changed
     index: int | None = None,  # of the image; None: the one that is shown
@@ -614,7 +596,7 @@ def next_unlabelled(
     }
     return max(new, key=new.get)
 
-# %% ../nbs/api/21_teach.ipynb #3e10db00
+# %% ../nbs/api/21_teach.ipynb #67e79cab
 def teach_planes(
     handle: TeachState,  # has labels and a prediction
     index: int,  # of the image
@@ -698,7 +680,7 @@ def teach_progress(
             )
     return pd.DataFrame(rows)
 
-# %% ../nbs/api/21_teach.ipynb #06a726d0
+# %% ../nbs/api/21_teach.ipynb #849b365f
 def save_labels(
     handle: TeachState,  # with labels
     out: str | Path | None,  # folder
@@ -751,7 +733,7 @@ def mask_files(
         return [path]
     return [path.with_name(f"{path.stem}_{c}{path.suffix}") for c in (*classes, "ignore")]
 
-# %% ../nbs/api/21_teach.ipynb #ddaab9df
+# %% ../nbs/api/21_teach.ipynb #26d1608f
 def teach_answer(
     handle: TeachState,  # asked
     content: Mapping,  # kind, and what belongs to it
@@ -804,7 +786,7 @@ def teach_picture(
     ]
     return taught(items, handle.classes, light=handle.light, stretch=handle.stretch, opacity=handle.opacity)
 
-# %% ../nbs/api/21_teach.ipynb #f8c90b0d
+# %% ../nbs/api/21_teach.ipynb #011f502e
 def teach(
     images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
     encoder: object,  # an Encoder

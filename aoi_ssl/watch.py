@@ -6,7 +6,7 @@
 __all__ = ['read_run', 'read_checkpoint', 'chart_series', 'Watcher', 'read_all', 'rebuilds', 'as_pretrained', 'watch_rebuild',
            'watch_compare', 'watch_status', 'watch_poll', 'watch', 'untrained_and_trained']
 
-# %% ../nbs/api/21_watch.ipynb #2eaead0b
+# %% ../nbs/api/21_watch.ipynb #248d580a
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +23,10 @@ from .pretrain import Pretrained, load_pretrained
 from .show import Picture, feature_grids, similarity_map, watched
 from .widgets import Handle, Planes, TraitValueError, as_picture, page_module
 
-# %% ../nbs/api/21_watch.ipynb #7dde8daf
+# %% ../nbs/api/21_watch.ipynb #3d464345
 from transformers import ViTMAEForPreTraining
 
-# %% ../nbs/api/21_watch.ipynb #85d3f37a
+# %% ../nbs/api/21_watch.ipynb #2d5e6856
 def read_run(
     run: object,  # what `pretrain` or `finetune` gave; a folder that they write; a checkpoint; or a history
 ) -> tuple[pd.DataFrame, object | None, bool]:  # the history, the model if there is one, whether it still goes on
@@ -62,7 +62,7 @@ def read_checkpoint(
     mae.load_state_dict(state["model"])
     return history, mae.eval()
 
-# %% ../nbs/api/21_watch.ipynb #b42ee3cf
+# %% ../nbs/api/21_watch.ipynb #f67057ac
 def chart_series(
     runs: Mapping[str, pd.DataFrame],  # name -> history
     *,
@@ -94,7 +94,7 @@ def chart_series(
             found.append(one)
     return found
 
-# %% ../nbs/api/21_watch.ipynb #d905ae86
+# %% ../nbs/api/21_watch.ipynb #0eafbf2d
 class Watcher(Handle):
     "The widget of `watch`; `history` is the run so far, `rebuilt` what it makes of the image."
 
@@ -184,7 +184,7 @@ class Watcher(Handle):
             light=self.light,
         )
 
-# %% ../nbs/api/21_watch.ipynb #49599ac2
+# %% ../nbs/api/21_watch.ipynb #0b3b1b3f
 def read_all(
     runs: Mapping[str, object],  # name -> what `read_run` takes
 ) -> tuple[
@@ -276,7 +276,7 @@ def watch_poll(
         watch_status(handle)
     return news
 
-# %% ../nbs/api/21_watch.ipynb #ddc4c424
+# %% ../nbs/api/21_watch.ipynb #23f6f334
 def watch(
     run: object,  # what `pretrain` or `finetune` gave; a folder that they write, also before it is there; a history; or name -> these
     image: Tensor

@@ -7,7 +7,7 @@ __all__ = ['TILE', 'OVERVIEW', 'SCALES', 'page_module', 'page_style', 'shrink', 
            'TraitValueError', 'wrong_trait', 'Handle', 'shown_in', 'scale_tables', 'mime_bundle', 'BankPictures',
            'bank_mask', 'BankTraits']
 
-# %% ../nbs/api/18_widgets.ipynb #40400730
+# %% ../nbs/api/18_widgets.ipynb #a3e6a6e4
 import re
 import threading
 import traceback
@@ -31,7 +31,7 @@ from torch.nn import functional
 from .core import AoiError
 from .show import Picture, _image, class_colour, false_colour, image_of, thumbnail, upright_masks
 
-# %% ../nbs/api/18_widgets.ipynb #d6d55d78
+# %% ../nbs/api/18_widgets.ipynb #fe22ae63
 def page_module(
     name: str,  # of a file in aoi_ssl/static, without .js
 ) -> str:  # one ES module
@@ -48,7 +48,7 @@ def page_style() -> str:  # CSS
     "The look of all widgets: it follows the theme of JupyterLab, VS Code or the system."
     return (resources.files("aoi_ssl") / "static" / "widgets.css").read_text(encoding="utf-8")
 
-# %% ../nbs/api/18_widgets.ipynb #f439d5a1
+# %% ../nbs/api/18_widgets.ipynb #d724d18d
 TILE, OVERVIEW = 512, 1024  # side of a tile, and the most that the larger side of an overview has, pixels
 
 
@@ -64,7 +64,7 @@ def shrink(
     most = functional.max_pool2d(planes[None, lights:], times, ceil_mode=True)[0] if lights < len(planes) else mean[:0]
     return torch.cat([mean, most])
 
-# %% ../nbs/api/18_widgets.ipynb #d7481650
+# %% ../nbs/api/18_widgets.ipynb #96e27222
 def encode_planes(
     planes: np.ndarray,  # (C, h, w) uint8
 ) -> list[bytes]:  # ceil(C / 3) PNG files
@@ -78,7 +78,7 @@ def encode_planes(
         files.append(buffer.getvalue())
     return files
 
-# %% ../nbs/api/18_widgets.ipynb #3c2aa70b
+# %% ../nbs/api/18_widgets.ipynb #bf55c6f5
 class Planes:
     "One picture for the page: its lights, then planes of masks or probabilities, cut into tiles on demand."
 
@@ -129,7 +129,7 @@ class Planes:
             part = shrink(torch.from_numpy(part).float(), 2**level, max(0, self.lights - start)).round().byte().numpy()
         return encode_planes(part)
 
-# %% ../nbs/api/18_widgets.ipynb #dcd581a5
+# %% ../nbs/api/18_widgets.ipynb #0624c144
 def as_picture(
     value: object,  # (C, H, W) in [0, 1]; or a row of a dataset
     name: str,  # what it is called if it brings no name
@@ -143,7 +143,7 @@ def as_picture(
         return str(value.get("stem", name)), _image(value["image"], name)
     return name, _image(value, name)
 
-# %% ../nbs/api/18_widgets.ipynb #3728e61e
+# %% ../nbs/api/18_widgets.ipynb #a4d5c764
 class TraitValueError(AoiError, traitlets.TraitError):
     "A value that a trait does not take: the old one stays, also where several are set at once."
 
@@ -156,7 +156,7 @@ def wrong_trait() -> Iterator[None]:  # use it in a `with` statement, in a valid
     except AoiError as e:
         raise TraitValueError(str(e)) from None
 
-# %% ../nbs/api/18_widgets.ipynb #e2ef115c
+# %% ../nbs/api/18_widgets.ipynb #f519ee71
 SCALES = ("viridis", "cividis", "magma")  # colour scales, all of rising lightness and safe for the colour-blind
 
 
@@ -216,7 +216,7 @@ class Handle(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs: object) -> dict:
         return mime_bundle(self)
 
-# %% ../nbs/api/18_widgets.ipynb #651f0795
+# %% ../nbs/api/18_widgets.ipynb #2e9655ba
 @contextmanager
 def shown_in(
     handle: Handle,  # whose error area says what happened
@@ -239,7 +239,7 @@ def scale_tables() -> dict[str, bytes]:  # name -> 256 colours of 3 bytes
     steps = np.arange(256)
     return {name: (colormaps[name](steps)[:, :3] * 255).round().astype(np.uint8).tobytes() for name in SCALES}
 
-# %% ../nbs/api/18_widgets.ipynb #b07489f2
+# %% ../nbs/api/18_widgets.ipynb #44a49193
 def mime_bundle(
     handle: Handle,  # what is displayed
 ) -> dict:  # kinds of content -> content
@@ -255,7 +255,7 @@ def mime_bundle(
     png = b64encode(figure._repr_png_()).decode()
     return bundle | {"image/png": png, "text/plain": figure.alt}
 
-# %% ../nbs/api/18_widgets.ipynb #bcfbb6bb
+# %% ../nbs/api/18_widgets.ipynb #1887585e
 class BankPictures:
     "The patches of a bank as pictures."
 
@@ -295,24 +295,22 @@ class BankPictures:
         planes = Planes(image, name=row["stem"], extra=mask.astype(np.uint8) * 255)
         return planes, {n: row[n] for n in ("key", "stem", "y", "x")} | {"side": self.bank.encoder.patch_size}
 
-# %% ../nbs/api/18_widgets.ipynb #0082d80c
+# %% ../nbs/api/18_widgets.ipynb #0af96a2c
 def bank_mask(
     bank: object,  # a MemoryBank
     stem: str,  # of an image in it
 ) -> np.ndarray:  # (K, H, W) bool
     "The labels of an image as its bank remembers them."
     number = [record["stem"] for record in bank.images].index(stem)
-    here, record, p = bank.image == number, bank.images[number], bank.encoder.patch_size
-    if hasattr(bank, "turn"):  # a bank may remember patches turned as well
-        here &= bank.turn == 0
-    rows = here.nonzero().flatten()
+    rows = ((bank.image == number) & (bank.turn == 0)).nonzero().flatten()  # a bank may remember patches turned as well
+    record, p = bank.images[number], bank.encoder.patch_size
     sides = [record[s] + 2 * p for s in ("height", "width")]  # patches may reach beyond the image
     mask = np.zeros((len(bank.classes), *sides), bool)
     for y, x, m in zip(bank.y[rows].tolist(), bank.x[rows].tolist(), upright_masks(bank, rows), strict=True):
         mask[:, p + y : 2 * p + y, p + x : 2 * p + x] |= m
     return mask[:, p : p + record["height"], p : p + record["width"]]
 
-# %% ../nbs/api/18_widgets.ipynb #831897a0
+# %% ../nbs/api/18_widgets.ipynb #5f2c3c81
 class BankTraits(Handle):
     "Neighbours in a bank, as the page shows them; a click shows one in its place. `pictures` is a `BankPictures` or None."
 

@@ -192,7 +192,7 @@ def wire_patches(seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 def test_explore(bench):
     "Click a wire patch: the trait says so, other wires light up; threshold, keys, bank, reload."
-    b = bench("explore.ipynb", EXPLORE, ASK_EXPLORE)
+    b = bench("explore.ipynb", EXPLORE, ASK_EXPLORE, height=1150)
     b.run(0)
     b.widget()
     b.shoot("explore-before", page=True)
@@ -517,6 +517,17 @@ def test_teach(bench):
     b.shoot("teach-question")
     b.page.get_by_role("button", name="Save nothing").click()
     assert b.ask(until=lambda a: not a["question"])["error"] == ""
+
+    b.page.locator(".aoi-pager").get_by_role("button", name="Next image (N)").click()  # what is painted is there after a reload
+    b.ask(until=lambda a: a["index"] == 1)
+    b.run(2)
+    assert b.ask()["known"] > 1000
+    b.page.keyboard.press("Control+s")
+    b.page.wait_for_timeout(500)
+    b.page.reload()
+    b.widget()
+    known = "document.querySelector('.jp-Notebook .aoi').parentElement.aoi.views[0].source.whole?.planes[6]"
+    b.page.wait_for_function(f"() => {known}?.some((v) => v > 0)")
 
 
 # watch

@@ -583,3 +583,32 @@ def test_watch_and_its_twin_draw_the_same(scene, trained):
         watch(trained, scene[0][0], **options).picture()._repr_png_()
         == show.watch(trained, scene[0][0], **options)._repr_png_()
     )
+
+
+def test_widgets_with_a_bank_that_turns_shifts_and_whitens(folder):
+    "The aligned method, with patches turned as well: masks lie right, neighbours are found, strokes are learned."
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.retrieval import build_bank
+
+    new = load_folder(folder)["new"]
+    known, asked = new.select([0]), new[1]
+    options = {"bank_shifts": 4, "query_shifts": 1, "turns": 8, "calibrate": False}
+    bank = build_bank(known, PixelEncoder(channels=2), method="aligned", **options)
+    assert (bank_mask(bank, known["stem"][0]) == known[0]["mask"].numpy()).all()
+    row = bank.turn.argmax().item()
+    y, x = bank.y[row].item(), bank.x[row].item()
+    upright = show.upright_masks(bank, [row])[0]
+    truth = np.pad(known[0]["mask"].numpy(), ((0, 0), (16, 16), (16, 16)))
+    assert bank.turn[row] > 0 and (upright == truth[:, y + 16:y + 32, x + 16:x + 32]).all()
+    handle = explore(asked, bank.encoder, bank, bank_images=known, held=[(128, 128)], k=4)
+    assert len(handle.near) == 4 and handle.bank_note == ""
+    handle.hold(40, 40, add=True)
+    assert "one patch at a time" in handle.bank_note
+    judged = inspect(asked, bank, bank_images=known)
+    judged.ask(128, 128)
+    assert judged.near and judged.error == ""
+    before = len(bank.keys)
+    taught = teach({"a": asked["image"]}, bank.encoder, bank)
+    taught.paint("wire", "line", [(10, 10), (100, 60)], size=4)
+    assert len(bank.keys) > before and taught.prediction.shape == (4, 256, 256)
+    assert len(taught.undo().bank.keys) == before

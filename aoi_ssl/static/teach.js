@@ -23,7 +23,13 @@ class Teacher {
     this.toolbar();
     this.lay();
     this.watch();
-    model.send({ kind: "refresh" });
+  }
+
+  /** The traits hold the pictures as they were when the image was chosen: once they are here, ask for what was painted since. */
+  loaded() {
+    if (this.fresh || !this.views?.every((v) => v.source.whole)) return;
+    this.fresh = true;
+    this.send("refresh");
   }
 
   get(name) { return this.model.get(name); }
@@ -52,7 +58,7 @@ class Teacher {
   }
 
   mainView() {
-    const source = new Source(this.model, 0, () => { this.title.textContent = this.title.title = source.meta.name; viewer.resize(); });
+    const source = new Source(this.model, 0, () => { this.title.textContent = this.title.title = source.meta.name; viewer.resize(); this.loaded(); });
     const viewer = new Viewer({
       label: "image to label", source, look: () => ({ light: this.get("light"), stretch: this.get("stretch") }), paint: (context, view) => this.paint(context, view),
       view: { ...this.get("view") }, onView: (view) => put(this.model, { view: { ...view } }),
@@ -69,7 +75,7 @@ class Teacher {
 
   nextView() {
     const title = make("span", {}), caption = make("figcaption", {}, title, button("Go to this image (N)", () => this.send("go", { index: this.get("next_index") }), { glyph: "next" }));
-    const source = new Source(this.model, 1, () => { title.textContent = title.title = `Next: ${source.meta.name}`; viewer.resize(); });
+    const source = new Source(this.model, 1, () => { title.textContent = title.title = `Next: ${source.meta.name}`; viewer.resize(); this.loaded(); });
     const viewer = new Viewer({
       label: "prediction of the next image", source, look: () => ({ light: this.get("light"), stretch: this.get("stretch") }),
       paint: (context, { parts }) => this.paintPrediction(context, parts, source, 0),
