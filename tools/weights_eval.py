@@ -38,7 +38,8 @@ def compare(names: list[str], work: Path, *, devices: int, seed: int, boards: bo
     if boards and BOARDS.is_dir():
         whole = load_folder(BOARDS, classes=DEFECTS)["labelled"]
         few = {name: methods[name] for name in ("paper", "aligned")}
-        counts = benchmark.few_shot_counts(encoders(names), few, {"boards": whole}, labels=10, tests=8, cache=work / "counts", progress=True)
+        options = {"labels": 10, "tests": 8, "cache": work / "counts", "progress": True}
+        counts = benchmark.few_shot_counts(encoders(names), few, {"boards": whole}, **options)
         tables.append(benchmark.few_shot_table(counts))
     return tables
 
@@ -67,7 +68,8 @@ def main() -> None:
     parser.add_argument("--ship", nargs=2, metavar=("NAME", "RUN"), help="replace these weights by those of a run")
     parser.add_argument("--devices", type=int, default=4, help="rendered devices")
     parser.add_argument("--seed", type=int, default=30, help="of the devices: 30 to choose by, 40 to report")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "aoi_weights", help="pictures, and counts of an unfinished run")
+    scratch = Path(tempfile.gettempdir()) / "aoi_weights"
+    parser.add_argument("--work", type=Path, default=scratch, help="pictures, and counts of an unfinished run")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.ship:
