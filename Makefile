@@ -12,7 +12,7 @@ VENV ?= .venv
 export VENV PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs bench bench-retrieval compare experiments install install-dev prepare readme clean
+.PHONY: help demo test docs bench bench-retrieval compare weights-eval experiments install install-dev prepare readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -38,6 +38,9 @@ bench: install-dev  ## rendering and import figures
 
 compare: install-dev  ## masked autoencoding, DINO, iBOT and Hiera on equal seconds; ARGS=options of tools/compare_objectives.py
 	@$(VENV)/bin/python tools/compare_objectives.py $(ARGS)
+
+weights-eval: install-dev  ## the encoders that ship against raw pixels and a random one; ARGS="--ship NAME RUN" replaces weights by better ones
+	@$(VENV)/bin/python tools/weights_eval.py $(ARGS)
 
 experiments: install-dev  ## execute the pages of experiments from kept counts; FRESH=1 measures all of them anew (hours)
 	@$(if $(FRESH),rm -rf nbs/experiments/results)
