@@ -294,11 +294,11 @@ class Steady(Step):
         spread = moved.T @ moved / len(moved) + rest * whole + 1e-6 * whole.trace() / len(whole) * torch.eye(len(whole)).to(x)
         back = torch.linalg.inv(torch.linalg.cholesky(spread))
         directions = torch.linalg.eigh(back @ whole @ back.T)[1].flip(1)[:, : int(dims)]
-        return cls({"mean": mean, "matrix": back.T @ directions}, dims=directions.shape[1], rest=rest)
+        return cls({"origin": mean, "matrix": back.T @ directions}, dims=directions.shape[1], rest=rest)
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         "(..., dims)."
-        return (x - self.mean) @ self.matrix
+        return (x - self.origin) @ self.matrix
 
 # %% ../nbs/api/12_features.ipynb #f37346f6
 def cosine_basis(
