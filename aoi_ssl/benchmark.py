@@ -222,7 +222,7 @@ def worst_images(
 # %% ../nbs/api/22_benchmark.ipynb #4c013cef
 _WHITE = {"whiten": 128, "shrink": 0.1}
 _GRIDS = _WHITE | {"bank_shifts": 16, "query_shifts": 2}
-VARIANCE = {"method": "aligned", "steady": False, "whiten": 96}  # what raw pixels do best with
+VARIANCE = {"method": "aligned", "steady": False, "whiten": 96, "shrink": 0.3}  # what raw pixels do best with
 ABLATION = {
     "the paper's": {"method": "paper"},
     "attention": {"method": "paper", "aggregation": "attention"},

@@ -8,7 +8,9 @@ __all__ = ['is_black', 'find_cells', 'CropStore', 'crop_places', 'cut_crops', 's
 # %% ../nbs/api/05_crops.ipynb #bd072032
 import hashlib
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -187,7 +189,7 @@ def _fill(folder: Path, dataset, dtype: type, cell: int, workers: int, progress:
 # %% ../nbs/api/05_crops.ipynb #b4553665
 def store_images(
     dataset,  # from `load_folder`; labels are not read
-    folder: str | Path | None = None,  # to write; None: a temporary one, removed when Python ends
+    folder: str | Path | None = None,  # to write; None: a temporary one, removed with the store
     *,
     cell: int = 224,  # side of a cell, pixels; not larger than the smallest image
     seed: int = 0,  # of the crops
@@ -197,8 +199,7 @@ def store_images(
 ) -> CropStore:  # ready to cut crops
     "Decode every image once. Raises `AoiError` if there is none, one is smaller than a cell, or all are black."
     check_crops(dataset, size=cell)
-    if folder is None:
-        folder = Path(_scratch()) / f"{len(list(Path(_scratch()).iterdir()))}"
+    temporary, folder = folder is None, tempfile.mkdtemp(prefix="aoi_ssl_crops_") if folder is None else folder
     with new_folder(folder, overwrite=overwrite) as aside:
         for dtype in (np.uint8, np.uint16):
             about = _fill(aside, dataset, dtype, cell, workers or os.cpu_count() or 1, progress)
@@ -208,14 +209,7 @@ def store_images(
             raise AoiError(f"All {about['black']} cells of the {len(dataset)} images are black; there is nothing to learn from. "
                            "Check the exposure, or the folder.")  # fmt: skip
         write_json(aside / "crops.json", about)
-    return CropStore(folder, seed=seed)
-
-
-_TEMPORARY: list[tempfile.TemporaryDirectory] = []
-
-
-def _scratch() -> str:
-    "A folder that is removed when Python ends."
-    if not _TEMPORARY:
-        _TEMPORARY.append(tempfile.TemporaryDirectory(prefix="aoi_ssl_crops_"))
-    return _TEMPORARY[0].name
+    store = CropStore(folder, seed=seed)
+    if temporary:
+        weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
+    return store

@@ -11,7 +11,6 @@ __all__ = ['Views', 'default_views', 'random_boxes', 'cut_views', 'keep_one_ligh
 # %% ../nbs/api/10_distill.ipynb #28740e16
 import copy
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from .core import AoiError, new_folder, step_seed
 from .crops import CropStore
 from .data import channel_count
 from .encoder import ViTEncoder, mae_config, new_vit
-from .pretrain import _check_run, _open_crops, decay_groups, default_crop
+from .pretrain import _check_run, _finish, _open_crops, decay_groups, default_crop
 from .train import Budget, checkpoint_beside, fit, parse_budget
 
 # %% ../nbs/api/10_distill.ipynb #c5e7f028
@@ -581,8 +580,7 @@ def distill(
     crop, views, config = _plan(dataset, encoder, crop, patch_size, views)
     _check_run(dataset, None, crop, batch_size, budget, None, precision)
     _check_views(views, config, **chosen)
-    decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
-    crops = _open_crops(dataset, crops, decoded, crop, seed, process, progress and process.is_main_process)
+    crops = _open_crops(dataset, crops, checkpoint, crop, seed, process, resume=resume, progress=progress)
     model, inner = _student_and_teacher(config, crops, seed, objective, pool, head, process.device)
     change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
     batches = view_batches(crops, views, inner, size=crop, batch_size=batch_size, lights=lights, augment=change,
@@ -597,8 +595,4 @@ def distill(
         checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
         after_step=_watch(model, inner, crops.batch(0, batch_size, size=crop)), label=objective)
     result = Distilled(inner.eval(), model.eval(), history)
-    if out is not None and process.is_main_process:
-        result.save(out, overwrite=overwrite)
-        checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(decoded, ignore_errors=True)
-    return result
+    return _finish(result, out, checkpoint, process, overwrite=overwrite)

@@ -7,7 +7,6 @@ __all__ = ['HIERA_PRESETS', 'unrolled_order', 'hiera_config', 'new_hiera', 'fix_
            'PretrainedHiera', 'pretrain_hiera']
 
 # %% ../nbs/api/10_hiera.ipynb #075b3fe9
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from .core import AoiError, new_folder
 from .crops import CropStore
 from .data import channel_count
 from .encoder import Encoder, quiet, sincos_positions
-from .pretrain import _batches, _check_run, _open_crops, decay_groups, default_crop
+from .pretrain import _batches, _check_run, _finish, _open_crops, decay_groups, default_crop
 from .train import Budget, checkpoint_beside, fit, parse_budget
 
 # %% ../nbs/api/10_hiera.ipynb #fdd0106d
@@ -223,8 +222,7 @@ def pretrain_hiera(
     crop, channels = crop or default_crop(dataset, most=224, patch_size=16), channel_count(dataset)
     config = hiera_config(encoder, channels=channels, image_size=crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
     _check_run(dataset, None, crop, batch_size, budget, None, precision)
-    decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
-    crops = _open_crops(dataset, crops, decoded, crop, seed, process, progress and process.is_main_process)
+    crops = _open_crops(dataset, crops, checkpoint, crop, seed, process, resume=resume, progress=progress)
     mae = new_hiera(config, model=HieraForPreTraining, seed=seed)
     inner, units = (HieraEncoder(mae.hiera, mean=crops.mean, std=crops.std, stages=n) for n in (stages, (3,)))
     inner, units = inner.to(process.device), units.to(process.device)
@@ -241,8 +239,4 @@ def pretrain_hiera(
         label="pre-training",
     )
     result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history)
-    if out is not None and process.is_main_process:
-        result.save(out, overwrite=overwrite)
-        checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(decoded, ignore_errors=True)
-    return result
+    return _finish(result, out, checkpoint, process, overwrite=overwrite)

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .augment import Augment
-from .core import AoiError, new_folder, read_json, step_seed
+from .core import AoiError, new_folder, step_seed
 from .crops import CropStore, store_images
 from .data import channel_count
 from aoi_ssl.encoder import (
@@ -249,21 +249,31 @@ def _batches(crops: CropStore, encoder: ViTEncoder, size: int, augment: Augment 
     return at
 
 
-def _open_crops(dataset, crops: CropStore | None, folder: Path | None, crop: int, seed: int, process, progress: bool) -> CropStore:
-    "Decode the images once, in the main process; on a GPU with room enough they live there."
+def _open_crops(dataset, crops: CropStore | None, checkpoint: Path | None, crop: int, seed: int, process, *, resume: bool,
+                progress: bool) -> CropStore:  # fmt: skip
+    "Decode the images once, in the main process, or go on with those of an unfinished run; on a GPU with room they live there."
     if crops is not None:
         crops.seed, crops.epoch = seed, None
-    elif folder is None:
+    elif checkpoint is None:
         crops = store_images(dataset, cell=crop, seed=seed, progress=progress)
     else:
+        folder = checkpoint.with_suffix(".crops")
         with process.main_process_first():
-            known = folder.is_dir() and read_json(folder / "crops.json")
-            fits = known and (known["cell"], known["images"]) == (crop, list(dataset["stem"]))
-            crops = CropStore(folder, seed=seed) if fits else store_images(
-                dataset, folder, cell=crop, seed=seed, progress=progress, overwrite=True)
+            there = not process.is_main_process or (resume and checkpoint.exists() and (folder / "crops.json").exists())
+            crops = CropStore(folder, seed=seed) if there else store_images(
+                dataset, folder, cell=crop, seed=seed, progress=progress and process.is_main_process, overwrite=True)
     if process.device.type == "cuda" and 2 * crops.pixels.nbytes < torch.cuda.mem_get_info()[0]:
         crops.to(process.device)
     return crops
+
+
+def _finish(result, out: str | Path | None, checkpoint: Path | None, process, *, overwrite: bool):
+    "Save a result in the main process, and take away what an unfinished run would need; the result."
+    if out is not None and process.is_main_process:
+        result.save(out, overwrite=overwrite)
+        checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(checkpoint.with_suffix(".crops"), ignore_errors=True)
+    return result
 
 
 def _check_run(dataset, validation, crop: int, batch_size: int, budget: Budget, patience: int | None, precision: str) -> None:
@@ -355,8 +365,7 @@ def pretrain(
     config, old = _plan(dataset, encoder, start_from, crop, patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix)
     process = Accelerator()
     _check_run(dataset, validation, config.image_size, batch_size, budget, patience, precision)
-    decoded = None if checkpoint is None else checkpoint.with_suffix(".crops")
-    crops = _open_crops(dataset, crops, decoded, config.image_size, seed, process, progress and process.is_main_process)
+    crops = _open_crops(dataset, crops, checkpoint, config.image_size, seed, process, resume=resume, progress=progress)
     mae, inner = _learner(config, crops, old, start_from, seed, process.device)
     change = Augment() if augment is True else augment or None
     total = batch_size * process.num_processes
@@ -376,8 +385,4 @@ def pretrain(
         patience=patience, report_to=report_to, images=total, progress=progress, label="pre-training",
     )
     result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history)
-    if out is not None and process.is_main_process:
-        result.save(out, overwrite=overwrite)
-        checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(decoded, ignore_errors=True)
-    return result
+    return _finish(result, out, checkpoint, process, overwrite=overwrite)

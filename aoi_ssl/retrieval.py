@@ -89,7 +89,7 @@ class Recipe:
 
 
 _RECALL = ("query_shifts", "aggregation", "decoder", "refine")  # options that a bank can change
-_ALIGNED = Recipe(layers=1 / 3, centre="window", whiten=64, shrink=0.3, steady=True, bank_shifts=16, between=True, query_shifts=2, halo=4,
+_ALIGNED = Recipe(layers=1 / 3, centre="window", whiten=64, steady=True, bank_shifts=16, between=True, query_shifts=2, halo=4,
                   aggregation="distance", refine=1)
 METHODS = {
     "paper": Recipe(),

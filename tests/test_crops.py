@@ -1,5 +1,7 @@
 "Crops: from one decoded store, every cell in its turn, black and duplicate cells left out and counted."
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -143,3 +145,12 @@ def test_what_cannot_be_cut_is_refused(images, tmp_path):
     with pytest.raises(AoiError, match="All 4 cells .* are black"):
         store_images(images.select([3]), tmp_path / "black", cell=32)
     assert not (tmp_path / "black").exists()
+
+
+def test_a_temporary_store_goes_with_its_owner(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store = store_images(images, cell=32)
+    assert len(list(tmp_path.glob("aoi_ssl_crops_*"))) == 1
+    del store
+    gc.collect()
+    assert not list(tmp_path.iterdir())

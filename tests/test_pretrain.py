@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -450,3 +451,19 @@ def test_images_decoded_already_are_not_decoded_again(images, tmp_path, monkeypa
     expected = pretrain(images, **SMALL, budget="3 steps").history
     monkeypatch.setattr("aoi_ssl.crops.native_item", None)
     assert pretrain(images, **SMALL, budget="3 steps", crops=crops).history.loss.equals(expected.loss)
+
+
+def test_images_of_a_run_that_was_given_up_are_not_taken_for_others(rendered, images, tmp_path):
+    "Other images under the same names, after a run that was stopped: overwriting begins anew, pixels too."
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(images, tmp_path / "out", augment=stop_at(1), **SMALL, budget="4 steps")
+    other = tmp_path / "others"
+    shutil.copytree(rendered, other)
+    for file in other.rglob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    inverted = load_folder(other)["pretrain"]
+    assert list(inverted["stem"]) == list(images["stem"])
+    expected = pretrain(inverted, **SMALL, budget="4 steps")
+    found = pretrain(inverted, tmp_path / "out", overwrite=True, **SMALL, budget="4 steps")
+    assert found.history.loss.equals(expected.history.loss)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["others", "out"]

@@ -13,7 +13,6 @@ from pathlib import Path
 RECIPES = {  # what `pretrain` is called with
     "aoi-mae-small": {"encoder": "small", "patch_size": 16, "crop": 224, "batch_size": 512, "base_lr": 7.5e-4},
     "aoi-mae-tiny": {"encoder": "tiny", "patch_size": 16, "crop": 224, "batch_size": 512, "base_lr": 1e-3},
-    "aoi-mae-fine": {"encoder": "tiny", "patch_size": 8, "crop": 112, "batch_size": 512, "base_lr": 1e-3},
 }
 SIZES = {20: 384, 21: 512, 22: 704}  # seed of the devices -> side of their pictures
 
