@@ -27,7 +27,7 @@ from .core import AoiError, new_folder, step_seed
 from .crops import CropStore
 from .data import channel_count
 from .encoder import ViTEncoder, mae_config, new_vit
-from .pretrain import _check_run, _finish, _open_crops, decay_groups, default_crop
+from .pretrain import _after_step, _check_run, _finish, _open_crops, decay_groups, default_crop
 from .train import Budget, checkpoint_beside, fit, parse_budget
 
 # %% ../nbs/api/10_distill.ipynb #c5e7f028
@@ -568,6 +568,7 @@ def distill(
     crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
     precision: str = "auto",  # see train.fit
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
+    on_step: Callable[[ViTEncoder, float], None] | None = None,  # told the encoder and the share of the budget spent
     progress: bool = True,  # show a bar
 ) -> Distilled:  # the teacher's encoder, the model, the history
     """Train a ViT by self-distillation: DINO (Caron et al. 2021) or iBOT (Zhou et al. 2022). Warns of a collapse.
@@ -593,6 +594,6 @@ def distill(
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget.resolve(crops.steps_per_epoch(total)), warmup=warmup, seed=seed, precision=precision, clip=3.0,
         checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
-        after_step=_watch(model, inner, crops.batch(0, batch_size, size=crop)), label=objective)
+        after_step=_after_step(inner, on_step, _watch(model, inner, crops.batch(0, batch_size, size=crop))), label=objective)
     result = Distilled(inner.eval(), model.eval(), history)
     return _finish(result, out, checkpoint, process, overwrite=overwrite)

@@ -7,7 +7,7 @@ __all__ = ['HIERA_PRESETS', 'unrolled_order', 'hiera_config', 'new_hiera', 'fix_
            'PretrainedHiera', 'pretrain_hiera']
 
 # %% ../nbs/api/10_hiera.ipynb #075b3fe9
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .core import AoiError, new_folder
 from .crops import CropStore
 from .data import channel_count
 from .encoder import Encoder, quiet, sincos_positions
-from .pretrain import _batches, _check_run, _finish, _open_crops, decay_groups, default_crop
+from .pretrain import _after_step, _batches, _check_run, _finish, _open_crops, decay_groups, default_crop
 from .train import Budget, checkpoint_beside, fit, parse_budget
 
 # %% ../nbs/api/10_hiera.ipynb #fdd0106d
@@ -212,6 +212,7 @@ def pretrain_hiera(
     crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
     precision: str = "auto",  # see train.fit
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
+    on_step: Callable[[HieraEncoder, float], None] | None = None,  # told the encoder and the share of the budget spent
     progress: bool = True,  # show a bar
 ) -> PretrainedHiera:  # encoder, autoencoder, history
     """Pre-train a masked hierarchical autoencoder (Ryali et al. 2023).
@@ -236,7 +237,7 @@ def pretrain_hiera(
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget.resolve(crops.steps_per_epoch(total)), warmup=warmup, seed=seed, precision=precision,
         checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
-        label="pre-training",
+        after_step=_after_step(inner, on_step), label="pre-training",
     )
     result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history)
     return _finish(result, out, checkpoint, process, overwrite=overwrite)

@@ -267,6 +267,18 @@ def _open_crops(dataset, crops: CropStore | None, checkpoint: Path | None, crop:
     return crops
 
 
+def _after_step(encoder: Encoder, on_step: Callable | None, watch: Callable | None = None) -> Callable:
+    "What `fit` calls after a step: first what the trainer itself does, then what the user asked for."
+
+    def after(spent: float) -> dict | None:
+        figures = watch(spent) if watch is not None else None
+        if on_step is not None:
+            on_step(encoder, spent)
+        return figures
+
+    return after
+
+
 def _finish(result, out: str | Path | None, checkpoint: Path | None, process, *, overwrite: bool):
     "Save a result in the main process, and take away what an unfinished run would need; the result."
     if out is not None and process.is_main_process:
@@ -355,6 +367,7 @@ def pretrain(
     start_from: str | Path | None = None,  # an encoder to go on from, a folder or "aoi-mae-small"; replaces `encoder` and `patch_size`
     precision: str = "auto",  # see train.fit
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
+    on_step: Callable[[ViTEncoder, float], None] | None = None,  # told the encoder and the share of the budget spent
     progress: bool = True,  # show a bar, and what to expect
 ) -> Pretrained:  # encoder, autoencoder, history
     """Pre-train a masked autoencoder (He et al. 2022; the recipe of AOI-SSL).
@@ -382,7 +395,8 @@ def pretrain(
         mae, loss, batch, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget, warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
         validate=None if validation is None else _validation(validation, inner, config.image_size, batch_size),
-        patience=patience, report_to=report_to, images=total, progress=progress, label="pre-training",
+        after_step=_after_step(inner, on_step), patience=patience, report_to=report_to, images=total, progress=progress,
+        label="pre-training",
     )
     result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history)
     return _finish(result, out, checkpoint, process, overwrite=overwrite)

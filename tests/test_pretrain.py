@@ -467,3 +467,10 @@ def test_images_of_a_run_that_was_given_up_are_not_taken_for_others(rendered, im
     found = pretrain(inverted, tmp_path / "out", overwrite=True, **SMALL, budget="4 steps")
     assert found.history.loss.equals(expected.history.loss)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["others", "out"]
+
+
+def test_on_step_is_told_the_encoder_as_it_is(images):
+    told = []
+    result = pretrain(images, **SMALL, budget="3 steps", on_step=lambda encoder, spent: told.append((encoder.fingerprint(), spent)))
+    assert [spent for _, spent in told] == [pytest.approx(n / 3) for n in (1, 2, 3)]
+    assert len({name for name, _ in told}) == 3 and told[-1][0] == result.encoder.fingerprint()

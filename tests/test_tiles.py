@@ -195,21 +195,14 @@ def test_ignored_pixels_are_not_foreground(parts, monkeypatch):
     assert len(found) == 1 and len(found[0]) == 5  # wire only: wedge is ignored wherever it is
 
 
-def test_unlabelled_images_give_no_masks(parts, monkeypatch):
-    real, asked = tiles.native_item, []
-    monkeypatch.setattr(tiles, "native_item", lambda *a, labels: asked.append(labels) or real(*a, labels=labels))
-    assert set(CropSampler(parts["unlabelled"], size=32).batch(0, 2)) == {"image", "stem"}
-    assert set(CropSampler(parts["labelled"], size=32, labels=False).batch(0, 2)) == {"image", "stem"}
-    assert asked and not any(asked)  # no mask file was opened
-    with pytest.raises(AoiError, match="labels=False"):
-        CropSampler(parts["unlabelled"], size=32, labels=True)
-    with pytest.raises(AoiError, match="foreground=0"):
-        CropSampler(parts["unlabelled"], size=32, foreground=0.5)
+def test_images_without_labels_are_refused(parts):
+    with pytest.raises(AoiError, match="of [0-9]+ images have no label"):
+        CropSampler(parts["unlabelled"], size=32)
 
 
 def test_images_are_decoded_once_within_the_limit(parts, monkeypatch):
     real, read = tiles.native_item, []
-    monkeypatch.setattr(tiles, "native_item", lambda ds, i, labels: read.append(i) or real(ds, i, labels=labels))
+    monkeypatch.setattr(tiles, "native_item", lambda ds, i: read.append(i) or real(ds, i))
     sampler = CropSampler(parts["labelled"], size=32)
     for step in range(5):
         sampler.batch(step, 5)
@@ -252,7 +245,7 @@ ONE = 60 * 80 * (2 + 2)  # bytes of an image with its masks
 @pytest.mark.parametrize("foreground", [0.0, 0.5])
 def test_decodes_fall_by_the_number_of_crops_per_image(parts, monkeypatch, foreground):
     real, read = tiles.native_item, []
-    monkeypatch.setattr(tiles, "native_item", lambda ds, i, labels: read.append(i) or real(ds, i, labels=labels))
+    monkeypatch.setattr(tiles, "native_item", lambda ds, i: read.append(i) or real(ds, i))
 
     def decodes(**options):
         sampler = CropSampler(parts["labelled"], size=32, cache_bytes=ONE, foreground=foreground, **options)
@@ -271,7 +264,6 @@ def test_one_crop_per_image_unless_the_cache_is_too_small(parts):
     assert CropSampler(parts["labelled"], size=32).crops_per_image == 1
     assert CropSampler(parts["labelled"], size=32, cache_bytes=5 * ONE).crops_per_image == 1
     assert CropSampler(parts["labelled"], size=32, cache_bytes=5 * ONE - 1).crops_per_image == 8
-    assert CropSampler(parts["labelled"], size=32, cache_bytes=5 * ONE // 2, labels=False).crops_per_image == 1
     assert CropSampler(parts["labelled"], size=32, cache_bytes=0, crops_per_image=1).crops_per_image == 1
 
 

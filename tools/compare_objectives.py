@@ -2,14 +2,11 @@
 
 import argparse
 import csv
-import functools
-import importlib
 import inspect
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,29 +67,25 @@ def scaled(train: Callable, options: dict) -> dict:
 
 @dataclass(frozen=True)
 class Recipe:
-    "How an encoder is trained, and where the part of the model is that becomes the encoder."
+    "How an encoder is trained, and how its weights are read."
 
     train: Callable  # (dataset, **options) -> result with encoder and history
     own: dict  # options beside those that all share
-    module: str  # of aoi_ssl, whose `fit` is watched
-    part: str  # attribute path from the trained model to the encoder's network
     network: str = "vit"  # attribute of the encoder that holds the network
     also: dict | None = None  # rows of the same weights, read in another way: name -> options of the encoder
 
 
 RECIPES = {
-    "mae": Recipe(_mae, {}, "pretrain", "vit"),
-    "mae-p8": Recipe(_mae, {"patch_size": 8}, "pretrain", "vit"),
-    "dino": Recipe(_distill, {"objective": "dino"}, "distill", "teacher.vit"),
-    "ibot": Recipe(_distill, {"objective": "ibot"}, "distill", "teacher.vit"),
-    "dino-dropped": Recipe(_distill, {"objective": "dino", "lights": "dropped"}, "distill", "teacher.vit"),
-    "dino-repeated": Recipe(_distill, {"objective": "dino", "lights": "repeated"}, "distill", "teacher.vit"),
-    "ibot-dropped": Recipe(_distill, {"objective": "ibot", "lights": "dropped"}, "distill", "teacher.vit"),
-    "dino-cls": Recipe(_distill, {"objective": "dino", "pool": "cls"}, "distill", "teacher.vit"),
-    "ibot-cls": Recipe(_distill, {"objective": "ibot", "pool": "cls"}, "distill", "teacher.vit"),
-    "hiera": Recipe(
-        _hiera, {}, "hiera", "hiera", "hiera", {"hiera-stage3": {"stages": (3,)}, "hiera-stage2": {"stages": (2,)}}
-    ),
+    "mae": Recipe(_mae, {}),
+    "mae-p8": Recipe(_mae, {"patch_size": 8}),
+    "dino": Recipe(_distill, {"objective": "dino"}),
+    "ibot": Recipe(_distill, {"objective": "ibot"}),
+    "dino-dropped": Recipe(_distill, {"objective": "dino", "lights": "dropped"}),
+    "dino-repeated": Recipe(_distill, {"objective": "dino", "lights": "repeated"}),
+    "ibot-dropped": Recipe(_distill, {"objective": "ibot", "lights": "dropped"}),
+    "dino-cls": Recipe(_distill, {"objective": "dino", "pool": "cls"}),
+    "ibot-cls": Recipe(_distill, {"objective": "ibot", "pool": "cls"}),
+    "hiera": Recipe(_hiera, {}, "hiera", {"hiera-stage3": {"stages": (3,)}, "hiera-stage2": {"stages": (2,)}}),
 }
 BASELINES = ("pixels", "pixels-p8", "random", "random-p8")
 
@@ -110,32 +103,17 @@ def baseline(name: str, *, channels: int, preset: str, crop: int, mean, std, see
 # watching a run
 
 
-@contextmanager
-def snapshots(recipe: Recipe, kept: list) -> Iterator[None]:
-    "Copy the weights of the encoder at each of SHARES, without stopping the run."
-    import torch
+def snapshots(network: str, kept: list) -> Callable:
+    "A function for `on_step`: copies the weights of the encoder at each of SHARES, without stopping the run."
+    left = list(SHARES)
 
-    module = importlib.import_module(f"aoi_ssl.{recipe.module}")
-    original = module.fit
+    def on_step(encoder, spent: float) -> None:
+        if left and spent >= left[0]:
+            left.pop(0)
+            weights = getattr(encoder, network).state_dict()
+            kept.append((spent, {name: value.detach().clone() for name, value in weights.items()}))
 
-    def watched(model, *arguments, after_step=None, **settings):
-        left, network = list(SHARES), functools.reduce(getattr, recipe.part.split("."), model)
-
-        def hook(spent):
-            figures = after_step(spent) if after_step else None
-            if left and spent >= left[0]:
-                left.pop(0)
-                with torch.no_grad():
-                    kept.append((spent, {k: v.detach().clone() for k, v in network.state_dict().items()}))
-            return figures
-
-        return original(model, *arguments, after_step=hook, **settings)
-
-    module.fit = watched
-    try:
-        yield
-    finally:
-        module.fit = original
+    return on_step
 
 
 # judging an encoder
@@ -302,16 +280,16 @@ def summary(rows: list[dict]) -> str:
 def run(name: str, learn, seed: int, args, budget: str, kept: list):
     "Train by a recipe; its result."
     dataset, store = learn
-    store.epoch = None  # the order of the run before is not this one's
     common = {
         "encoder": args.encoder,
         "crop": args.crop,
         "batch_size": args.batch_size,
         "budget": budget,
         "crops": store,
+        "on_step": snapshots(RECIPES[name].network, kept),
         "progress": False,
     }
-    with snapshots(RECIPES[name], kept), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("default")
         return RECIPES[name].train(dataset, seed=seed, **common, **RECIPES[name].own)
 
