@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 
 from .core import AoiError, step_seed
 from .data import class_names, native_item, to_unit
-from .encoder import Encoder, check_images
-from .features import FeatureSpace, between_grids, embed, fit_space, grid_corner, grid_windows, layer_count, mirror
+from .encoder import Encoder, check_images, mirror
+from .features import FeatureSpace, between_grids, embed, fit_space, grid_corner, grid_windows, layer_count
 from .features import recentre, restore_space, sample_drifted, sample_embeddings, shift_offsets, window_owners, window_places, with_layers
 from .metrics import THRESHOLDS, best_thresholds, counts_frame, scores, threshold_counts
 from .patches import Moments, guided_filter, lay, moments, patchify_mask, rim_weights, solve_ridge, unpatchify_mask
@@ -1082,7 +1082,7 @@ def keys_at(
     where = {"size": bank.size, "shift": shift}
     boxes, (top, left) = grid_windows(height, width, p, **where), grid_corner(shift, p)
     owners, places = (f(height, width, p, **where) for f in (window_owners, window_places))
-    whole = mirror(images, -top, -left)
+    whole = mirror(images, top=-top, left=-left)
     for row, column in cells:
         number = int(owners[row, column])
         r, c, rows, columns = boxes[number]

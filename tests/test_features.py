@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from aoi_ssl.core import AoiError
-from aoi_ssl.encoder import PixelEncoder, ViTEncoder
+from aoi_ssl.encoder import PixelEncoder, ViTEncoder, mirror
 from aoi_ssl.features import (
     Balance,
     FeatureSpace,
@@ -19,7 +19,6 @@ from aoi_ssl.features import (
     fit_space,
     grid_windows,
     layer_count,
-    mirror,
     restore_space,
     shift_offsets,
     window_places,
@@ -76,7 +75,7 @@ def test_beyond_the_border_the_image_is_mirrored():
     first = embed(encoder, image, shift=(3, 2))[0, 0, 0].view(4, 4)
     assert torch.allclose(first[1:, 2:], image[0, 0, :3, :2]) and torch.allclose(first[0, 2:], image[0, 0, 0, :2])
     assert torch.allclose(first[1:, :2], image[0, 0, :3, :2].flip(1))
-    assert mirror(image, 0, 0) is image and mirror(image, 20, 0).shape == (1, 1, 28, 8)
+    assert mirror(image) is image and mirror(image, top=20).shape == (1, 1, 28, 8)
 
 
 @pytest.mark.parametrize("count", [4, 16])
