@@ -19,7 +19,7 @@ from torch import Tensor
 from .core import AoiError
 from .metrics import counts_frame, scores, threshold_counts
 from .predict import Segmenter, predict_image
-from .show import ERROR_COLOURS, Picture, _mask, inspected, name_segmenters, novelty_of
+from .show import ERROR_COLOURS, NoveltyMaps, Picture, _mask, inspected, name_segmenters, novelty_maps
 from .widgets import BankPictures, BankTraits, Planes, TraitValueError, as_picture, page_module
 
 # %% ../nbs/api/20_inspect.ipynb #addd96b5
@@ -59,6 +59,8 @@ class InspectTraits(BankTraits):
     has_truth = traitlets.Bool(False).tag(sync=True)
     has_novelty = traitlets.Bool(False).tag(sync=True)
     novelty_limits = traitlets.List([0.0, 1.0]).tag(sync=True)
+    novelty_label = traitlets.Unicode("").tag(sync=True)
+    novelty_notes = traitlets.List().tag(sync=True)
     error_colours = traitlets.Dict().tag(sync=True)
     pixel = traitlets.Dict(default_value=None, allow_none=True).tag(sync=True)
     why = traitlets.List().tag(sync=True)
@@ -73,6 +75,12 @@ class InspectTraits(BankTraits):
                 "1 was expected."
             )
         return rows
+
+    @traitlets.validate("overlay")
+    def _check_overlay(self, proposal: dict) -> str:
+        if proposal["value"] == "novelty" and not self.has_novelty:
+            raise TraitValueError(" ".join(self.novelty_notes))
+        return proposal["value"]
 
     @traitlets.validate("pixel")
     def _check_pixel(self, proposal: dict) -> dict | None:
@@ -90,9 +98,9 @@ class Inspector(InspectTraits):
         self.models, self.image = named, torch.from_numpy(image)
         self.truth, self.ignore, own = inspect_truth(image, truth, ignore, next(iter(named.values())).classes)
         self.probabilities = {n: predict_image(s, self.image) for n, s in named.items()}
-        planes, novelty, limits = inspect_planes(self)
+        planes, self.novelty = inspect_planes(self)
         banks = [s for s in named.values() if hasattr(s, "neighbours")]
-        self.bank, self.novelty = banks[0] if banks else None, novelty
+        self.bank = banks[0] if banks else None
         self.pictures = BankPictures(self.bank, bank_images) if banks else None
         curves = [threshold_curves(p, self.truth, self.ignore) for p in self.probabilities.values()]
         colours = {n: [round(255 * v) for v in to_rgb(c)] for n, c in ERROR_COLOURS.items()}
@@ -103,8 +111,10 @@ class Inspector(InspectTraits):
             curves=curves,
             error_colours=colours,
             has_truth=self.truth is not None,
-            has_novelty=bool(novelty),
-            novelty_limits=limits,
+            has_novelty=bool(self.novelty.maps),
+            novelty_limits=self.novelty.limits,
+            novelty_label=self.novelty.label,
+            novelty_notes=[self.novelty.notes[n] for n in named],
             has_bank=bool(banks),
             shown=[True] * len(own),
             **traits,
@@ -180,23 +190,18 @@ def inspect_truth(
 
 def inspect_planes(
     handle: Inspector,  # has predicted
-) -> tuple[
-    np.ndarray, dict[str, np.ndarray], list[float]
-]:  # planes (N, H, W) uint8; novelty by name; its smallest and largest value
-    "Probabilities of each segmenter, then truth and ignore, then novelty, as bytes for the page."
+) -> tuple[np.ndarray, NoveltyMaps]:  # planes (N, H, W) uint8; novelty in numbers
+    "Probabilities of each segmenter, then truth and ignore, then novelty of each (0 where it cannot say), as bytes for the page."
     parts = [(p * 255).round().byte().numpy() for p in handle.probabilities.values()]
     if handle.truth is not None:
         ignore = torch.zeros_like(handle.truth) if handle.ignore is None else handle.ignore
         parts += [m.numpy().astype(np.uint8) * 255 for m in (handle.truth, ignore)]
-    novelty = {}
-    if all(hasattr(s, "novelty") for s in handle.models.values()):
-        novelty = {n: novelty_of(s, handle.image) for n, s in handle.models.items()}
-    limits = [float(f([f(m) for m in novelty.values()])) for f in (np.min, np.max)] if novelty else [0.0, 1.0]
-    scaled = [
-        ((m - limits[0]) / max(limits[1] - limits[0], 1e-9) * 255).round().astype(np.uint8)[None]
-        for m in novelty.values()
-    ]
-    return np.concatenate(parts + scaled), novelty, limits
+    found = novelty_maps(handle.models, handle.image)
+    (low, high), blank = found.limits, np.full(parts[0].shape[1:], found.limits[0])
+    for name in handle.models if found.maps else ():
+        scaled = (found.maps.get(name, blank) - low) / max(high - low, 1e-9)
+        parts.append((scaled * 255).round().astype(np.uint8)[None])
+    return np.concatenate(parts), found
 
 # %% ../nbs/api/20_inspect.ipynb #a12a1bb9
 def inspect_scores(
@@ -218,13 +223,15 @@ def inspect_table(
     handle: Inspector,  # with a pixel
 ) -> (
     pd.DataFrame
-):  # segmenter, class, probability, threshold, predicted, truth, ignored (the last two with a truth only)
+):  # segmenter, class, probability, threshold, predicted; novelty where that is known; truth and ignored where there is a truth
     "What is known of the chosen pixel."
     y, x, rows = handle.pixel["y"], handle.pixel["x"], []
     for name, thresholds in zip(handle.segmenters, handle.thresholds, strict=True):
         p = handle.probabilities[name][:, y, x].tolist()
         frame = pd.DataFrame({"segmenter": name, "class": handle.classes, "probability": p, "threshold": thresholds})
         frame["predicted"] = frame["probability"] > frame["threshold"]
+        if name in handle.novelty.maps:
+            frame["novelty"] = float(handle.novelty.maps[name][y, x])
         if handle.truth is not None:
             frame["truth"] = handle.truth[:, y, x].tolist()
             frame["ignored"] = handle.ignore[:, y, x].tolist() if handle.ignore is not None else False
@@ -269,7 +276,7 @@ def inspect(
     stretch: bool = False,  # brighten a dark image
     bank_images: object = None,  # where the bank's images are: a dataset, or a mapping stem -> image
 ) -> Inspector:  # the handle; its traits have the names of these options
-    "Look at a segmentation. Raises `AoiError` for what does not fit."
+    "Look at a segmentation. Raises `AoiError` for what does not fit, and for novelty that was not calibrated."
     if isinstance(image, Mapping) and truth is None:
         truth, ignore = image.get("mask"), image.get("ignore")
     look = {"overlay": overlay, "opacity": opacity, "light": light, "stretch": stretch}

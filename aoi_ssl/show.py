@@ -7,8 +7,8 @@ __all__ = ['PALETTE', 'ERROR_COLOURS', 'SPACES', 'class_colour', 'Picture', 'fal
            'errors', 'similarity_map', 'similarity', 'neighbours', 'reconstruction', 'curves', 'score_chart',
            'layer_encoder', 'encoder_layers', 'whitening', 'feature_grids', 'to_space', 'as_held', 'held_query',
            'pca_colours', 'plain_keys', 'bank_neighbours', 'neighbours_of_held', 'image_of', 'upright_masks',
-           'thumbnail', 'explore', 'scale_limits', 'explored', 'inspect', 'name_segmenters', 'novelty_of', 'inspected',
-           'teach', 'taught', 'watch', 'watched']
+           'thumbnail', 'explore', 'scale_limits', 'explored', 'inspect', 'name_segmenters', 'novelty_note',
+           'novelty_of', 'NoveltyMaps', 'novelty_maps', 'inspected', 'teach', 'taught', 'watch', 'watched']
 
 # %% ../nbs/api/17_show.ipynb #e5a19f04
 import colorsys
@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -1182,7 +1183,7 @@ def inspect(
     named = name_segmenters(segmenters)
     found = {n: predict_image(s, torch.as_tensor(_image(image))).numpy() for n, s in named.items()}
     own = {n: s.thresholds.tolist() for n, s in named.items()} | dict(thresholds or {})
-    novelty = {n: novelty_of(s, image) for n, s in named.items()} if overlay == "novelty" else {}
+    novelty = novelty_maps(named, image) if overlay == "novelty" else None
     classes = next(iter(named.values())).classes
     look = {"shown": shown, "overlay": overlay, "opacity": opacity, "light": light, "stretch": stretch, "width": width}
     return inspected(image, found, own, classes, truth, ignore=ignore, novelty=novelty, **look)
@@ -1204,19 +1205,52 @@ def name_segmenters(
     return named
 
 # %% ../nbs/api/17_show.ipynb #7d3ccea9
+def novelty_note(
+    segmenter: object,  # a Segmenter
+    found: Tensor | np.ndarray | None = None,  # (H, W) from `novelty_of`, where it can say
+) -> str:  # a sentence
+    "Whether an image is to be trusted, or what to do to know."
+    name = type(segmenter).__name__
+    if hasattr(segmenter, "novelty"):
+        say = getattr(segmenter.novelty, "note", None)
+        return say(torch.as_tensor(found)) if say and found is not None else ""
+    if hasattr(segmenter, "neighbours"):
+        return f"This {name} does not know yet what is new to it: its novelty is not calibrated. Call calibrate_novelty(bank) first."
+    return f"A {name} cannot say what is new to it. Choose another overlay, or a memory bank."
+
+
 def novelty_of(
     segmenter: object,  # a Segmenter; one that knows novelty has `novelty(image)`
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
 ) -> np.ndarray:  # (H, W), the larger the less like anything known
     "How new each pixel is to a segmenter. Raises `AoiError` if it cannot say."
     if not hasattr(segmenter, "novelty"):
-        raise AoiError(
-            f"A {type(segmenter).__name__} cannot say what is new to it. Choose another overlay, or a memory bank."
-        )
+        raise AoiError(novelty_note(segmenter))
     found = torch.as_tensor(segmenter.novelty(torch.as_tensor(_image(image)))).float().squeeze()
     if found.ndim != 2:
         raise AoiError(f"novelty gave {tuple(found.shape)}; (height, width), of pixels or of patches, was expected.")
     return functional.interpolate(found[None, None], image.shape[-2:], mode="nearest-exact")[0, 0].cpu().numpy()
+
+# %% ../nbs/api/17_show.ipynb #67cb7fb3
+class NoveltyMaps(NamedTuple):
+    "What segmenters say is new in an image."
+
+    maps: dict[str, np.ndarray]  # name -> (H, W), of those that can say
+    limits: list[float]  # where the colours begin and end
+    notes: dict[str, str]  # name -> a sentence, of all
+    label: str  # of the colours
+
+
+def novelty_maps(
+    named: Mapping[str, object],  # name -> Segmenter
+    image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
+) -> NoveltyMaps:  # from 0 to twice the limit where all are calibrated; else from the least to the greatest
+    "Ask all segmenters that can say what is new."
+    maps = {n: novelty_of(s, image) for n, s in named.items() if hasattr(s, "novelty")}
+    ends = [float(f([f(m) for m in maps.values()])) for f in (np.min, np.max)] if maps else [0.0, 1.0]
+    calibrated = bool(maps) and all(hasattr(named[n].novelty, "limits") for n in maps)
+    ends, label = ([0.0, max(2.0, ends[1])], "novelty, 1: the limit") if calibrated else (ends, "novelty")
+    return NoveltyMaps(maps, ends, {n: novelty_note(s, maps.get(n)) for n, s in named.items()}, label)
 
 # %% ../nbs/api/17_show.ipynb #12b0ebcc
 def inspected(
@@ -1227,7 +1261,7 @@ def inspected(
     truth: Tensor | np.ndarray | None = None,  # (K, H, W) bool
     *,
     ignore: Tensor | np.ndarray | None = None,  # (K, H, W) bool
-    novelty: Mapping[str, np.ndarray] | None = None,  # name -> (H, W)
+    novelty: NoveltyMaps | None = None,  # from `novelty_maps`
     shown: Sequence[str] | None = None,  # classes; None: all
     overlay: str = "mask",  # as for `inspect`
     opacity: float = 0.3,  # 0 to 1
@@ -1258,30 +1292,25 @@ def inspected(
         return compare(image, pair, kept, ignore=ignore, alpha=opacity, **how)
     if overlay == "none":
         return lights(image, view="both", stretch=stretch, width=width)
-    maps = novelty if overlay == "novelty" else {n: p[at].max(0) for n, p in probabilities.items()}
+    if overlay == "novelty" and not (novelty and novelty.maps):
+        raise AoiError(" ".join(novelty.notes.values()) if novelty else "overlay='novelty' needs novelty=novelty_maps(...).")
+    maps = NoveltyMaps({n: p[at].max(0) for n, p in probabilities.items()}, [0.0, 1.0], {}, overlay)
+    maps = novelty if overlay == "novelty" else maps
     return _heat_maps(image, maps, overlay, alpha=min(1.0, opacity + 0.35), **how)
 
 
-def _heat_maps(
-    image, maps: Mapping[str, np.ndarray], what: str, *, alpha: float, light, stretch: bool, width: float
-) -> Picture:
+def _heat_maps(image, found: NoveltyMaps, what: str, *, alpha: float, light, stretch: bool, width: float) -> Picture:
     "One panel for each map over the image, on one colour scale."
-    image = _image(image)
-    ends = (
-        [float(f(m)) for f, m in ((np.min, list(maps.values())), (np.max, list(maps.values())))]
-        if what == "novelty"
-        else [0.0, 1.0]
-    )
-    words = f"{what.capitalize()} of {', '.join(maps)}, from {ends[0]:.2f} to {ends[1]:.2f}."
-    figure, axes, size = _sheet(list(maps), 3, image.shape[1:], width=width, strip=36, alt=words)
+    image, ends = _image(image), tuple(found.limits)
+    heads = [f"{n}: {note}" if (note := found.notes.get(n)) else n for n in found.maps]
+    words = f"{what.capitalize()}, from {ends[0]:.2f} to {ends[1]:.2f}, of {', '.join(heads)}."
+    figure, axes, size = _sheet(heads, 3, image.shape[1:], width=width, strip=36, alt=words)
     colours = "magma" if what == "novelty" else "viridis"
-    _colour_bar(figure, tuple(ends), what, colours=colours)
-    for panel, values in zip(axes, maps.values(), strict=True):
+    _colour_bar(figure, ends, found.label, colours=colours)
+    for panel, values in zip(axes, found.maps.values(), strict=True):
         ground = _background(image, light, size, stretch=stretch)
-        _put(
-            panel,
-            _heat(ground, values, 1, image.shape[1:], limits=tuple(ends), threshold=None, alpha=alpha, colours=colours),
-        )
+        look = {"limits": ends, "threshold": None, "alpha": alpha, "colours": colours}
+        _put(panel, _heat(ground, values, 1, image.shape[1:], **look))
     return figure
 
 # %% ../nbs/api/17_show.ipynb #ca763fbf

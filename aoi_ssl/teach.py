@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TOOLS', 'tube', 'flood', 'stroke_mask', 'Labels', 'Journal', 'pack_labels', 'unpack_labels', 'Pile', 'memory_of',
            'learn_image', 'forget_image', 'new_bank', 'TeachTraits', 'TeachState', 'Teacher', 'teach_do', 'apply_step',
-           'replay', 'teach_learn', 'teach_predict', 'one_sided', 'next_unlabelled', 'teach_planes', 'teach_show',
-           'teach_send', 'teach_state', 'teach_progress', 'save_labels', 'mask_files', 'teach_answer', 'teach_save',
-           'teach_picture', 'teach']
+           'replay', 'teach_learn', 'teach_predict', 'one_sided', 'suggestions', 'next_unlabelled', 'teach_planes',
+           'teach_show', 'teach_send', 'teach_state', 'teach_progress', 'save_labels', 'mask_files', 'teach_answer',
+           'teach_save', 'teach_picture', 'teach']
 
 # %% ../nbs/api/21_teach.ipynb #1da2ba71
 import base64
@@ -16,6 +16,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from .core import AoiError, write_json
 from .data import class_names, fill_polygon, mask_format_of, native_item, to_unit, write_mask
 from .retrieval import _TENSORS, MemoryBank, _append, remember_image, shrink_bank
 from .show import Picture, taught
+from .suggest import suggest_next
 from .widgets import Handle, Planes, TraitValueError, as_picture, page_module
 
 # %% ../nbs/api/21_teach.ipynb #aa387197
@@ -350,7 +352,7 @@ class TeachState(TeachTraits):
     "What a session of `teach` has come to: `labels`, `known`, `prediction`, `bank`, `progress`."
 
     def __init__(self, pile, encoder, bank, classes, *, out, mask_format, journal, suggest, **traits):  # see `teach`
-        self.pile, self.encoder, self.suggester = pile, encoder, suggest or next_unlabelled
+        self.pile, self.encoder, self.suggester, self.reason = pile, encoder, suggest or next_unlabelled, ""
         self.out, self.mask_format, self.written = out, mask_format, set()
         self.bank = new_bank(encoder, classes) if bank is None else bank
         self.given = len(self.bank.images) > 0
@@ -440,8 +442,12 @@ class Teacher(TeachState):
         return self
 
     def suggest(self) -> int:
-        "The number of the image that would teach most; see `next_unlabelled`."
+        "The number of the image that would teach most; see `next_unlabelled`. Why is in `reason`."
         return int(self.suggester(self))
+
+    def suggestions(self, n: int = 1) -> pd.DataFrame:
+        "The images that would teach most, with reasons; see `suggestions`."
+        return suggestions(self, n)
 
     def save(self, out: str | Path | None = None, *, overwrite: bool = False) -> pd.DataFrame:
         "Write the masks of all images that have labels; see `save_labels`."
@@ -578,23 +584,31 @@ def one_sided(
     own = [handle.labels_of(i) for i in handle._touched]
     return [k for k in range(len(handle.classes)) if not any((labels.known & ~labels.mask[k]).any() for labels in own)]
 
+# %% ../nbs/api/21_teach.ipynb #26f568c4
+def suggestions(
+    handle: TeachState,  # whose images are looked through
+    n: int = 1,  # images
+    *,
+    most: int = 16,  # images to compare
+) -> pd.DataFrame:  # as from `suggest_next`, row is the number of the image; fewer than n, or none, where fewer are unlabelled
+    "The unlabelled images that would teach most, among a sample that stays the same while there are enough."
+    order, stems = np.random.default_rng(0).permutation(len(handle.names)).tolist(), {record["stem"] for record in handle.bank.images}
+    bare = (i for i in order if handle.names[i] not in stems and not handle.labels_of(i).known.any())
+    bare = sorted(islice(bare, most))
+    if not bare:
+        return pd.DataFrame()
+    with handle._lock, memory_of(handle.bank.encoder, handle._windows):
+        found = suggest_next({handle.names[i]: handle.pile.image(i) for i in bare}, min(n, len(bare)), bank=handle.bank)
+    return found.assign(row=[bare[i] for i in found["row"]], device=[handle.pile.devices[bare[i]] for i in found["row"]])
+
 
 def next_unlabelled(
     handle: TeachState,  # whose images are looked through
-    *,
-    most: int = 16,  # images to compare
 ) -> int:  # number of the image
-    "The unlabelled image that is newest to the bank where it can tell, else the next one in order."
-    n, now = len(handle.names), handle.index
-    order = [(now + 1 + i) % n for i in range(n)]
-    bare = [i for i in order if not handle.labels_of(i).known.any()] or order
-    if not hasattr(handle.bank, "novelty") or not len(handle.bank.keys):
-        return bare[0]
-    new = {
-        i: float(torch.as_tensor(handle.bank.novelty(torch.as_tensor(handle.pile.image(i)))).float().mean())
-        for i in bare[:most]
-    }
-    return max(new, key=new.get)
+    "The unlabelled image that would teach most; the next one in order where all are labelled."
+    found = suggestions(handle)
+    handle.reason = "" if found.empty else f"{found['stem'].iloc[0]} is suggested: {found['reason'].iloc[0]}."
+    return (handle.index + 1) % len(handle.names) if found.empty else int(found["row"].iloc[0])
 
 # %% ../nbs/api/21_teach.ipynb #67e79cab
 def teach_planes(
@@ -750,6 +764,7 @@ def teach_answer(
         handle.go(content["index"])
     elif kind == "suggest":
         handle.go(handle.suggest())
+        handle.state = handle.state | {"hint": handle.state["hint"] or handle.reason}
     elif kind == "refresh":
         teach_send(handle)
     elif kind == "save":

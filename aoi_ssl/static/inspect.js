@@ -54,11 +54,13 @@ class Inspector {
     this.near = this.get("has_bank") ? new NearList(this.model) : null;
     this.place = new PlaceView(this.model, () => ({ light: this.get("light"), stretch: this.get("stretch") }));
     this.whyHead = make("span", {}, "Why this pixel?");
+    const notes = this.get("novelty_notes").map((note, s) => (note ? make("p", { class: "aoi-note" }, this.segmenters.length > 1 ? make("b", {}, `${this.segmenters[s]}: `) : null, note) : null));
     const views = make("div", { class: "aoi-views" }, this.views.map((v) => v.root), this.place.root);
     const apply = button("Give the thresholds to the segmenters", () => this.model.send({ kind: "apply" }), { text: "Apply" });
     const side = make("div", { class: "aoi-side" },
       make("div", {}, make("div", { class: "aoi-head" }, make("span", {}, "Classes and thresholds"), apply), this.rows),
       this.truth ? make("div", {}, make("div", { class: "aoi-head" }, this.curveHead), this.curve) : null,
+      notes.some(Boolean) ? make("div", {}, make("div", { class: "aoi-head" }, make("span", {}, "To be trusted?")), notes) : null,
       make("div", {}, make("div", { class: "aoi-head" }, this.whyHead), this.why, this.near?.root));
     this.page.body.append(views, side);
   }
@@ -156,7 +158,7 @@ class Inspector {
     const overlay = this.get("overlay"), { legend } = this.page, errors = this.get("error_colours");
     if (overlay === "errors") legend.replaceChildren(...Object.entries(errors).map(([name, colour]) => swatch(name, colour, { fill: "solid" })));
     else if (overlay === "probability") legend.replaceChildren(colourBar(table256(this.model, "viridis"), [0, 1], "Probability"));
-    else if (overlay === "novelty") legend.replaceChildren(colourBar(table256(this.model, "magma"), this.get("novelty_limits"), "Novelty"));
+    else if (overlay === "novelty") legend.replaceChildren(colourBar(table256(this.model, "magma"), this.get("novelty_limits"), this.get("novelty_label").replace(/^n/, "N")));
     else legend.replaceChildren();
   }
 
