@@ -23,10 +23,10 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch import Tensor
 
 from . import show
-from .benchmark import VARIANCE
+from .benchmark import VARIANCE, rivals
 from .core import AoiError, atomic_path, check_free, read_json, write_json
 from .data import channel_count, check_folder, class_names, device_ids, few_shot, load_folder, split_by_device
-from .encoder import Encoder, PixelEncoder, ViTEncoder
+from .encoder import Encoder
 from .metrics import mean_iou, scores
 from .predict import Segmenter, evaluate, predict_image, segment, to_mask
 from .pretrain import Pretrained, load_pretrained, pretrain
@@ -379,12 +379,9 @@ def _stage_pretrain(job: _Job, parts: Plan) -> Pretrained:
 def _stage_methods(job: _Job, parts: Plan, learned: Pretrained) -> dict[str, Segmenter | dict[str, Segmenter]]:
     "Banks without training, segmenters with a little; the rivals under the same terms."
     mae, budget = learned.encoder, job.settings["finetune_budget"]
-    same = {"channels": mae.channels, "patch_size": mae.patch_size, "mean": mae.mean, "std": mae.std}
-    preset = encoder_start(job.settings["encoder"], mae.channels)[1]
-    random = ViTEncoder(preset, image_size=mae.vit.config.image_size, seed=job.settings["seed"], **same)
-    rivals = {PIXEL_BANK: PixelEncoder(**same), RANDOM_BANK: random}
+    pixels, random = rivals(mae, seed=job.settings["seed"]).values()
     with job.teller.stage("Retrieve", "remember the new devices' labelled images; nothing is trained") as found:
-        methods = build_banks(parts, {MAE_BANK: mae}) | build_banks(parts, rivals, **VARIANCE)
+        methods = build_banks(parts, {MAE_BANK: mae}) | build_banks(parts, {PIXEL_BANK: pixels, RANDOM_BANK: random}, **VARIANCE)
         methods |= build_banks(parts, {PAPER_BANK: mae}, method="paper")
         for device, bank in methods[MAE_BANK].items():
             bank.save(job.run / "bank" / slug(device), overwrite=True)

@@ -9,7 +9,6 @@ __all__ = ['decays', 'decay_groups', 'Reconstruction', 'Pretrained', 'load_pretr
 # %% ../nbs/api/09_pretrain.ipynb #280c1613
 import copy
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -331,12 +330,12 @@ def expectation(
     trial = copy.deepcopy(model).to(device).train()
     for step in range(3):
         if step == 1:
-            start = time.monotonic()
+            start = budget.now()
         data = {name: value.to(device) for name, value in batch(step).items()}
         loss(trial, data).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-    each = (time.monotonic() - start) / 2
+    each = (budget.now() - start) / 2
     steps = budget.steps or max(1, round(budget.seconds / each))
     seconds = steps * each
     span = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

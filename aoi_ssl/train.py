@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,18 +31,25 @@ from .core import AoiError, atomic_path, check_free, step_seed
 class Budget:
     "How long to train: exactly one of seconds, steps and epochs."
 
-    seconds: float | None = None  # wall-clock seconds
+    seconds: float | None = None  # of `clock`
     steps: int | None = None  # optimiser steps
     epochs: float | None = None  # passes over the images
+    clock: str = "wall"  # that counts the seconds of a run: "wall", or "cpu", the time that this process computes
 
     def __post_init__(self):
+        if self.clock not in ("wall", "cpu"):
+            raise AoiError(f"clock is {self.clock!r}; 'wall' or 'cpu' was expected.")
         given = [v for v in (self.seconds, self.steps, self.epochs) if v is not None]
         if len(given) != 1 or not given[0] > 0:
             raise AoiError(f"{self} is no budget; exactly one of seconds, steps and epochs must be given, above zero.")
 
     def resolve(self, steps_per_epoch: int) -> "Budget":
         "Epochs as steps; the other two as they are."
-        return self if self.epochs is None else Budget(steps=max(1, round(self.epochs * steps_per_epoch)))
+        return self if self.epochs is None else Budget(steps=max(1, round(self.epochs * steps_per_epoch)), clock=self.clock)
+
+    def now(self) -> float:
+        "What the clock shows, in seconds from anywhere."
+        return time.process_time() if self.clock == "cpu" else time.monotonic()
 
     def progress(self, step: int, elapsed: float) -> float:
         "The share of the budget that is spent, 0 to 1, after `step` steps and `elapsed` seconds."
@@ -55,20 +62,20 @@ _UNITS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 
 
 
 def parse_budget(
-    text: str | float | Budget,  # "10m", "90s", "1.5h", "500 steps", "20 epochs"; a bare number is seconds
+    text: str | float | Budget,  # "10m", "90s", "1.5h", "90 cpu s", "500 steps", "20 epochs"; a bare number is seconds
 ) -> Budget:  # the same, as a value
     "Read a budget as people write it. Raises `AoiError` if it is none."
     if isinstance(text, Budget):
         return text
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*?)s?\s*", str(text).lower())
-    number, unit = (float(match[1]), match[2]) if match else (0.0, "?")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(cpu\b)?\s*([a-z]*?)s?\s*", str(text).lower())
+    number, clock, unit = (float(match[1]), match[2] or "wall", match[3]) if match else (0.0, "wall", "?")
     if unit == "step" and number.is_integer():
-        return Budget(steps=int(number))
+        return Budget(steps=int(number), clock=clock)
     if unit == "epoch":
-        return Budget(epochs=number)
+        return Budget(epochs=number, clock=clock)
     if unit in ("", *_UNITS):
-        return Budget(seconds=number * _UNITS.get(unit, 1))
-    raise AoiError(f"{text!r} is no budget; write it as '10m', '90s', '1.5h', '500 steps' or '20 epochs'.")
+        return Budget(seconds=number * _UNITS.get(unit, 1), clock=clock)
+    raise AoiError(f"{text!r} is no budget; write it as '10m', '90s', '1.5h', '90 cpu s', '500 steps' or '20 epochs'.")
 
 # %% ../nbs/api/07_train.ipynb #560dfd51
 def lr_factor(
@@ -201,6 +208,9 @@ def _check_plan(budget: Budget, validate, validations: int, patience: int | None
     "Raise `AoiError` for a plan that cannot do what it says."
     if budget.epochs is not None:
         raise AoiError("fit needs a budget in steps or seconds; call budget.resolve(steps_per_epoch) first.")
+    if budget.clock == "cpu" and ((process := PartialState()).num_processes > 1 or process.device.type != "cpu"):
+        raise AoiError(f"The CPU clock measures one process on a CPU; this run has {process.num_processes} on {process.device}. "
+                       "Give the budget in wall-clock seconds or in steps.")  # fmt: skip
     if precision not in ("auto", "fp32", "bf16"):
         raise AoiError(f"precision is {precision!r}; 'auto', 'fp32' or 'bf16' was expected.")
     if patience is not None and validate is None:
@@ -292,7 +302,7 @@ class _Loop:
     def __init__(self, run, model, prepared, optimizer, accelerator, budget, checkpoint, batch):
         self.run, self.model, self.prepared, self.optimizer = run, model, prepared, optimizer
         self.accelerator, self.budget, self.checkpoint, self.batch = accelerator, budget, checkpoint, batch
-        self.start, self.saved, self.losses, self.interrupted = time.monotonic() - run.elapsed, run.elapsed, [], False
+        self.start, self.saved, self.losses, self.interrupted = budget.now() - run.elapsed, run.elapsed, [], False
         self.spent = budget.progress(run.step, run.elapsed)
         prepared.train()
 
@@ -324,7 +334,7 @@ class _Loop:
 
     def tick(self, interrupted: bool = False) -> None:
         "Read the main process's clock, and whether somebody pressed Ctrl-C there: all processes must decide alike."
-        told = [time.monotonic() - self.start, interrupted]
+        told = [self.budget.now() - self.start, interrupted]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(told)
         self.run.elapsed = self.run.history[-1]["seconds"] = told[0]

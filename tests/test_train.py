@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,13 +152,72 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         )
 
 
-@pytest.mark.parametrize("text", ["", "soon", "-5s", "0", "1.5 steps", "10 parsecs"])
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("90 cpu s", Budget(seconds=90, clock="cpu")),
+        ("1.5 CPU minutes", Budget(seconds=90, clock="cpu")),
+        ("90cpu", Budget(seconds=90, clock="cpu")),
+        ("3 cpu steps", Budget(steps=3, clock="cpu")),
+        ("2 epochs", Budget(epochs=2)),
+    ],
+)
+def test_budgets_as_people_write_them(text, budget):
+    assert parse_budget(text) == budget
+
+
+def test_the_clock_of_epochs_stays_when_they_become_steps():
+    assert parse_budget("2 cpu epochs").resolve(5) == Budget(steps=10, clock="cpu")
+
+
+def test_waiting_does_not_spend_cpu_seconds():
+    def slow(index):
+        time.sleep(0.02)
+        return batch(index)
+
+    model, optimizer = start()
+    began = time.monotonic(), time.process_time()
+    history = fit(model, loss, slow, optimizer, budget="0.2 cpu s", progress=False)
+    waited = time.monotonic() - began[0] - (time.process_time() - began[1])
+    assert 0.2 <= history.seconds.iloc[-1] <= time.process_time() - began[1] and waited > 0.015 * len(history)
+    assert history.lr.iloc[-1] < 0.1 * history.lr.max(), "the schedule ends with the budget"
+
+
+def test_a_resumed_run_spends_the_rest_of_its_cpu_seconds(tmp_path):
+    def interrupted(index):
+        if not stopped and time.process_time() - began > 0.2:
+            stopped.append(index)
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(index)
+
+    file, stopped, began = tmp_path / "run.checkpoint", [], time.process_time()
+    model, optimizer = start()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, loss, interrupted, optimizer, budget="0.4 cpu s", checkpoint=file, progress=False)
+    sum(i * i for i in range(3_000_000))  # what others do in between is not part of the run
+    history = fit(model, loss, batch, optimizer, budget="0.4 cpu s", checkpoint=file, resume=True, progress=False)
+    assert history.step.tolist() == list(range(len(history))) and history.seconds.is_monotonic_increasing
+    gap = history.seconds.diff().iloc[stopped[0] + 1]
+    assert 0.4 <= history.seconds.iloc[-1] < 0.5 and gap < 0.1, "it goes on where it stopped"
+
+
+@pytest.mark.parametrize(("processes", "device"), [(2, "cpu"), (1, "cuda")])
+def test_the_cpu_clock_does_not_judge_what_it_cannot_see(monkeypatch, processes, device):
+    state = SimpleNamespace(num_processes=processes, device=torch.device(device))
+    monkeypatch.setattr("aoi_ssl.train.PartialState", lambda: state)
+    with pytest.raises(AoiError, match="measures one process on a CPU"):
+        fit(*_args(), budget="1 cpu s", progress=False)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5s", "0", "1.5 steps", "10 parsecs", "5 gpu s", "cpu"])
 def test_what_is_no_budget(text):
     with pytest.raises(AoiError):
         parse_budget(text)
 
 
 def test_a_budget_is_one_thing():
+    with pytest.raises(AoiError, match="clock is 'sun'"):
+        Budget(seconds=1, clock="sun")
     with pytest.raises(AoiError, match="exactly one"):
         Budget(seconds=1, steps=1)
     with pytest.raises(AoiError, match="resolve"):
