@@ -16,6 +16,8 @@ _PUBLIC = {  # name: the module that defines it
     "few_shot": "data",
     "pretrain": "pretrain",
     "build_bank": "retrieval",
+    "calibrate_novelty": "novelty",
+    "suggest_next": "suggest",
     "finetune": "segment",
     "segment": "predict",
     "evaluate": "predict",

@@ -380,6 +380,52 @@ def test_inspect(bench):
     assert b.ask(until=lambda a: a["own"][3] == 0.5)["error"] == ""
 
 
+NOVELTY = (
+    BANK
+    + """
+from aoi_ssl.inspect import inspect
+from aoi_ssl.novelty import calibrate_novelty, paste_defect
+known = [look(3, n) for n in (5, 6, 7)]
+parts = [remember_image({"image": i, "mask": m, "ignore": None}, encoder, number=n) for n, (i, m) in enumerate(known)]
+records = [{"stem": f"d003_{n}", "device": "d003", "height": 512, "width": 512, "classes": list(CLASSES)} for n in range(3)]
+bank = MemoryBank(encoder, CLASSES, {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, records)
+other, _ = small_bank([3])
+calibrate_novelty(bank)
+made, where = paste_defect(image, "blob", seed=4)
+handle = inspect(made, {"calibrated": bank, "not": other})
+handle
+"""
+)
+ASK_NOVELTY = """
+import json
+found = handle.novelty.maps["calibrated"]
+y, x = np.argwhere(where.numpy()).mean(0)
+print(json.dumps({"overlay": handle.overlay, "notes": handle.novelty_notes, "error": handle.error, "spot": [y, x],
+                  "in": float(found[where].mean()), "out": float(found[~where].mean()), "limits": handle.novelty_limits}))
+"""
+
+
+def test_inspect_tells_what_is_new(bench):
+    "Novelty over the image, a sentence on trust, and what to do for a bank that was not calibrated."
+    b = bench("novelty.ipynb", NOVELTY, ASK_NOVELTY, height=1000)
+    b.run(0)
+    b.widget()
+    first = b.ask()
+    assert first["in"] > 1.5 * first["out"] and "calibrate_novelty" in first["notes"][1] and first["limits"][0] == 0
+    notes = b.page.locator(".aoi-side .aoi-note").all_inner_texts()
+    assert any("pixels are new" in n for n in notes) and any("calibrate_novelty" in n for n in notes)
+    b.page.get_by_role("radio", name="Novelty").click()
+    b.settle()
+    assert b.ask(until=lambda a: a["overlay"] == "novelty")["error"] == ""
+    assert "1: the limit" in b.page.locator(".aoi-legend").first.inner_text()
+    spot = [[first["spot"][0] + dy, first["spot"][1] + dx] for dy in (-4, 0, 4) for dx in (-4, 0, 4)]
+    both = [b.colours(spot, f"w.views[{n}].viewer").astype(int).sum(1).mean() for n in (0, 1)]
+    calm = b.colours([[8 * i, 20] for i in range(4, 60)]).astype(int).sum(1).mean()
+    print("novelty colours: in the blob", both, "elsewhere", calm)
+    assert both[0] > calm
+    b.shoot("inspect-novelty")
+
+
 # teach
 
 
@@ -504,6 +550,10 @@ def test_teach(bench):
         "() => document.querySelector('.jp-Notebook .aoi .aoi-main figcaption').innerText.includes('d003_01')"
     )
     b.shoot("teach-next")
+    b.page.get_by_role("button", name="The image that would teach most").click()
+    answer = b.ask(until=lambda a: "is suggested" in a["state"]["hint"])
+    assert answer["index"] in (1, 2) and answer["error"] == ""
+    b.shoot("teach-suggested")
 
     b.run(
         0

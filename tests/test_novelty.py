@@ -16,6 +16,7 @@ from aoi_ssl.novelty import (
     image_scores,
     load_novelty,
     named_images,
+    nearer_with_all,
     novelty_map,
     paste_defect,
     prediction_limit,
@@ -82,6 +83,19 @@ def test_the_pixel_limit_is_the_quantile_of_good_pixels():
     pixels = torch.cat([novelty_map(bank, image).flatten() for image in good.values()])
     assert abs((pixels > novelty.limits["pixel"]).float().mean() - 0.1) < 0.02
     assert torch.equal(bank.novelty.new(good["g0"]), novelty_map(bank, good["g0"]) / novelty.limits["pixel"] > 1)
+
+
+def test_a_larger_bank_is_nearer():
+    image = textures(1)[0]
+    assert nearer_with_all(bank_of(textures(2))) == 1 and nearer_with_all(bank_of([image] * 3)) == 1
+    bank, far = bank_of(textures(4)), {}
+    for left in (1, 2):  # image i against all but itself, and all but itself and the next
+        maps = [novelty_map(bank_of([i for m, i in enumerate(textures(4)) if (m - n) % 4 >= left]), textures(4)[n]) for n in range(4)]
+        far[left] = torch.stack(maps).mean().item()
+    power = math.log(far[2] / far[1]) / math.log(3 / 2)
+    assert 0 < power and math.isclose(nearer_with_all(bank), (3 / 4) ** power, rel_tol=1e-4)
+    scaled = [image_scores(found * nearer_with_all(bank), area=16)["whole"] for found in held_out_novelty(bank).values()]
+    assert np.allclose([score["whole"] for score in calibrate_novelty(bank).scores], scaled)
 
 
 def test_few_good_images_are_called_untrustworthy():

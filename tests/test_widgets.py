@@ -17,6 +17,7 @@ from aoi_ssl.encoder import PixelEncoder, ViTEncoder, mae_config, new_vit
 from aoi_ssl.explore import Explorer, explore
 from aoi_ssl.inspect import inspect, threshold_curves
 from aoi_ssl.metrics import binary_counts
+from aoi_ssl.novelty import calibrate_novelty
 from aoi_ssl.predict import Segmenter
 from aoi_ssl.pretrain import Pretrained
 from aoi_ssl.retrieval import MemoryBank, remember_image
@@ -217,10 +218,10 @@ def test_explore_and_its_twin_draw_the_same(scene, encoder, bank):
 # inspect
 
 
-class Known(Segmenter):
-    "Gives the probabilities that it was made with; says what is novel."
+class Mute(Segmenter):
+    "Gives the probabilities that it was made with."
 
-    kind = "known"
+    kind = "mute"
 
     def __init__(self, probabilities):
         super().__init__(CLASSES, 2)
@@ -228,6 +229,12 @@ class Known(Segmenter):
 
     def predict(self, images):
         return self.probabilities.expand(len(images), *self.probabilities.shape)
+
+
+class Known(Mute):
+    "Also says what is novel."
+
+    kind = "known"
 
     def novelty(self, image):
         return self.probabilities[0]
@@ -304,6 +311,30 @@ def test_thresholds_are_applied_only_when_asked(scene, segmenters):
     assert segmenters["a"].thresholds.tolist() == [0.5] * 4
     handle.apply()
     assert np.allclose(segmenters["a"].thresholds.tolist(), [0.1, 0.2, 0.3, 0.4])
+
+
+def test_a_bank_says_what_is_new_once_it_is_calibrated(scene, bank, segmenters):
+    images, bank = scene[0], bank.subset(calibrate=False)
+    with pytest.raises(AoiError, match="calibrate_novelty"):
+        inspect(images[0], bank, overlay="novelty")
+    with pytest.raises(AoiError, match="calibrate_novelty"):
+        show.inspect(images[0], bank, overlay="novelty")
+    handle = inspect(images[0], bank)
+    assert not handle.has_novelty and "calibrate_novelty" in handle.novelty_notes[0] and "novelty" not in handle.ask(1, 1)
+    calibrate_novelty(bank, [image + 0.05 * torch.rand(image.shape, generator=torch.Generator().manual_seed(n)) * (1 - image)
+                             for n, image in enumerate(images)])
+    odd = images[0].clone()
+    odd[:, :16, :16] = odd[:, :16, :16].flip(0)
+    handle = inspect(odd, {"bank": bank, "other": segmenters["a"]}, overlay="novelty")
+    found = handle.novelty.maps["bank"]
+    assert handle.novelty.label == "novelty" and handle.novelty_notes[0] == bank.novelty.note(torch.from_numpy(found))
+    alone = inspect(odd, {"bank": bank, "none": Mute(segmenters["a"].probabilities)}, overlay="novelty")
+    assert alone.novelty_limits[0] == 0 and alone.novelty_limits[1] >= 2 and alone.novelty.label == "novelty, 1: the limit"
+    assert list(alone.novelty.maps) == ["bank"] and not alone._planes["0"].data[-1].any()  # one panel cannot say
+    assert alone.ask(4, 4).set_index("segmenter").loc["bank", "novelty"].iloc[0] == pytest.approx(float(found[4, 4]))
+    twin = show.inspect(odd, {"bank": bank, "none": Mute(segmenters["a"].probabilities)}, overlay="novelty")
+    assert alone.picture().alt == twin.alt and "trusted" in twin.alt
+    assert alone.picture()._repr_png_() == twin._repr_png_()
 
 
 def test_inspect_and_its_twin_draw_the_same(scene, segmenters):
