@@ -278,6 +278,8 @@ def save_segmenter(
         own = {"kind": segmenter.kind, "classes": segmenter.classes, "channels": segmenter.channels}
         thresholds = [float(str(t)) for t in segmenter.thresholds.cpu().numpy()]  # 0.42, not 0.41999998688697815
         write_json(aside / "segmenter.json", settings | own | {"thresholds": thresholds})
+        if hasattr(novelty := getattr(segmenter, "novelty", None), "save"):
+            novelty.save(aside / "novelty.json")
 
 # %% ../nbs/api/11_predict.ipynb #e0987e0c
 _MODULES = {"bank": "aoi_ssl.retrieval", "upernet": "aoi_ssl.segment"}  # kind -> the module that defines it
@@ -310,4 +312,6 @@ def load_segmenter(
         raise AoiError(f"{folder} holds a segmenter of kind {kind!r}, no {expected.__name__}. Use Segmenter.load.")
     segmenter = Segmenter._kinds[kind]._load(folder, manifest)
     segmenter.thresholds = torch.tensor(manifest["thresholds"]).to(segmenter.thresholds)
+    if (folder / "novelty.json").exists():
+        importlib.import_module("aoi_ssl.novelty").load_novelty(folder / "novelty.json", segmenter)
     return segmenter.eval()

@@ -149,6 +149,9 @@ def test_limits_belong_to_their_bank(tmp_path):
     novelty.save(path)
     same, image = bank_of(textures(3)), textures(1, seed=9)[0]
     assert torch.equal(load_novelty(path, same)(image), novelty(image)) and same.novelty.limits == novelty.limits
+    bank.save(tmp_path / "bank")
+    loaded = MemoryBank.load(tmp_path / "bank")
+    assert torch.equal(loaded.novelty(image), novelty(image)) and loaded.novelty.image_rate == 0.05
     with pytest.raises(AoiError, match="stems"):
         load_novelty(path, bank_of(textures(2)))
     with pytest.raises(AoiError, match="encoder"):
