@@ -42,7 +42,7 @@ def check_images(
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = f"a tensor of {images.dtype}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise AoiError(f"Images came as {kind}; a float tensor in [0, 1] was expected. "
-                       "Divide 8-bit values by 255 and 16-bit values by 65535, or read files with data.read_image.")
+                       "Divide 8-bit values by 255 and 16-bit values by 65535, or read files with files.read_image.")
     if images.ndim != 4 or 0 in images.shape:
         raise AoiError(f"Images have shape {tuple(images.shape)}; (B, C, H, W) with no empty side was expected. "
                        "For one image pass image[None].")

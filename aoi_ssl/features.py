@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .augment import Augment
 from .core import AoiError, step_seed
-from .data import native_item, to_unit
+from .data import native_item
+from .files import to_unit
 from .encoder import Encoder, ViTEncoder, _hash, mirror
 from .tiles import windows
 

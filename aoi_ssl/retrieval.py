@@ -31,7 +31,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import AoiError, step_seed
-from .data import class_names, native_item, to_unit
+from .data import class_names, native_item
+from .files import to_unit
 from .encoder import Encoder, check_images, mirror
 from .features import FeatureSpace, between_grids, embed, fit_space, grid_corner, grid_windows, layer_count
 from .features import recentre, restore_space, sample_drifted, sample_embeddings, shift_offsets, window_owners, window_places, with_layers
