@@ -36,9 +36,12 @@ from torch.nn import functional
 from .core import AoiError
 from .data import native_item
 from .files import to_unit
+from .explain import key_frame
+from .features import embed
 from .metrics import binary_counts
 from .predict import predict_image
-from .retrieval import embed, key_frame, patch_masks, top_k
+from .recall import patch_masks
+from .search import top_k
 
 # %% ../nbs/api/17_show.ipynb #1d08b498
 PALETTE = ("#D55E00", "#56B4E9", "#F0E442", "#0072B2", "#CC79A7", "#009E73", "#E69F00")  # one colour a class, Okabe-Ito

@@ -30,7 +30,8 @@ from .core import AoiError, write_json
 from .data import class_names, native_item
 from .files import to_unit
 from .masks import fill_polygon, mask_format_of, write_mask
-from .retrieval import _TENSORS, MemoryBank, _append, remember_image, shrink_bank
+from .remember import remember_image
+from .retrieval import BANK_TENSORS, MemoryBank, _append, shrink_bank
 from .show import Picture, taught
 from .widgets import Handle, Planes, TraitValueError, as_picture, page_module
 
@@ -299,7 +300,7 @@ def forget_image(
     if name in stems and len(stems) > 1:
         shrink_bank(bank, stem=name, calibrate=False)
     elif name in stems:
-        for part in _TENSORS:
+        for part in BANK_TENSORS:
             setattr(bank, part, getattr(bank, part)[:0])
         bank.images, bank.lights, bank.regression, bank._cache = [], [], None, {}
 

@@ -150,7 +150,8 @@ def bench(lab, visit):
 BANK = (
     SETUP
     + """
-from aoi_ssl.retrieval import MemoryBank, remember_image
+from aoi_ssl.remember import remember_image
+from aoi_ssl.retrieval import MemoryBank
 
 def small_bank(seeds):
     parts, records, images = [], [], {}
