@@ -77,8 +77,8 @@ def test_all_runs_get_the_same_cpu_seconds_unless_their_name_says_otherwise(tool
 
 
 def test_it_goes_on_after_the_last_whole_objective(tool, tmp_path, monkeypatch, capsys):
-    options = {"steps": 4, "seeds": 1, "device": "cpu", "out": tmp_path, "work": tmp_path, "devices": 2, "images": 2, "size": 96,
-               "crop": 64, "encoder": "nano", "batch-size": 2, "validation-devices": 1, "queries": 1, "workers": 1, "threads": 1}  # fmt: skip
+    options = {"steps": 4, "seeds": 1, "out": tmp_path, "work": tmp_path, "devices": 2, "images": 2, "size": 96, "crop": 64,
+               "encoder": "nano", "batch-size": 2, "validation-devices": 1, "queries": 1, "workers": 1}  # fmt: skip
     arguments = ["compare_objectives", *(f"--{k}={v}" for k, v in options.items()), "--baselines=random"]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 

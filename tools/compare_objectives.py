@@ -31,11 +31,11 @@ class Study:
 
 
 STUDIES = {
-    "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera", "pixels,random,pixels-p8,random-p8", 120, 3),
+    "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera", "pixels,random,pixels-p8,random-p8", 60, 3),
     "recipe": Study(
         "default,mask 0.5,mask 0.85,patch 8,raw targets,decoder 64,decoder 256,no augmentation,6 devices,budget / 4,budget x 4",
-        "pixels,random", 60, 2, (1.0,)),
-    "adapt": Study("scratch,adapted,adapted gently,adapted in a fifth", "pixels,random,aoi-mae-tiny", 120, 2,
+        "pixels,random", 40, 2, (1.0,)),
+    "adapt": Study("scratch,adapted,adapted gently,adapted in a fifth", "pixels,random,aoi-mae-tiny", 60, 2,
                    (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)),
 }  # fmt: skip
 
@@ -193,8 +193,8 @@ class Judge:
         self.owner = torch.repeat_interleave(torch.arange(len(per)), torch.tensor(per)).to(device)
         self.labelled = labelled
 
-    def __call__(self, encoder, *, last: bool = True) -> dict:
-        "All figures of an encoder; retrieval from aligned grids, which takes ten times as long, only if it is the last."
+    def __call__(self, encoder) -> dict:
+        "All figures of an encoder."
         import torch
 
         from aoi_ssl.distill import collapse_figures
@@ -206,8 +206,6 @@ class Judge:
         cost = 1000 * (clock(self.device) - start) / len(self.images)
         with torch.no_grad():
             figures = {"retrieval": self.retrieve(encoder), "probe": self.probe(grid, encoder.patch_size)}
-            if last:
-                figures["aligned"] = self.retrieve(encoder, "aligned")
             collapse = collapse_figures(grid.flatten(1, 2))
         flat = {
             f"{name}_{c}": round(v, 4) for name, iou in figures.items() for c, v in zip(self.classes, iou, strict=True)
@@ -215,8 +213,8 @@ class Judge:
         means = {name: round(sum(iou) / len(iou), 4) for name, iou in figures.items()}
         return means | flat | {k: round(v, 4) for k, v in collapse.items()} | {"encode_ms": round(cost, 3)}
 
-    def retrieve(self, encoder, method: str = "paper") -> list[float]:
-        "IoU of each class: a bank (k = 5) of the labelled pictures of each device, counts summed over all devices."
+    def retrieve(self, encoder) -> list[float]:
+        "IoU of each class: the paper's bank (k = 5) of the labelled pictures of each device, counts summed over all devices."
         from aoi_ssl.metrics import binary_counts
         from aoi_ssl.predict import to_mask
         from aoi_ssl.retrieval import build_bank
@@ -224,7 +222,7 @@ class Judge:
         counts = 0
         for number, bank_images in enumerate(self.banks.values()):
             with warnings.catch_warnings(action="ignore"):
-                bank = build_bank(bank_images, encoder, k=5, method=method)
+                bank = build_bank(bank_images, encoder, k=5, method="paper")
             asked = (self.owner == number) & (self.place >= self.labelled)
             found = to_mask(bank.predict(self.images[asked]), bank.thresholds)
             counts = counts + binary_counts(found, self.masks[asked])
@@ -317,7 +315,7 @@ def summary(rows: list[dict]) -> str:
     names = [n for n in frame if n not in ("run", "machine", "budget")]
     frame[names] = frame[names].apply(pd.to_numeric, errors="coerce")
     last = frame[frame["share"].isin([0, 1])].groupby("run", sort=False)
-    scores, beside = ("retrieval", "probe", "aligned"), ("steps", "images_per_second", "effective_rank", "feature_std", "information")
+    scores, beside = ("retrieval", "probe"), ("steps", "images_per_second", "effective_rank", "feature_std", "information")
     shown = [name for name in (*scores, *beside, "encode_ms") if name in frame]
     mean, std = last[shown].mean(), last[shown].std()
     for name in scores:
@@ -377,7 +375,7 @@ def train(name: str, learn, judge: Judge, table: Table, seed: int, args) -> None
         network.load_state_dict(weights)
         shared = progress_so_far(history, spent, args, recipe)
         for each, encoder in encoders.items():
-            row = {"run": each, "seed": seed, "share": share} | shared | judge(encoder, last=share == 1 and each == name)
+            row = {"run": each, "seed": seed, "share": share} | shared | judge(encoder)
             row |= {
                 "parameters": sum(p.numel() for p in network.parameters()),
                 "budget": budget,
