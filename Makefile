@@ -12,7 +12,7 @@ VENV ?= .venv
 export VENV PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs bench bench-retrieval compare weights-eval experiments install install-dev prepare readme clean
+.PHONY: help demo test docs bench bench-retrieval compare recipe weights-eval experiments install install-dev prepare readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -36,8 +36,12 @@ docs: install-dev  ## the docs site, to _docs (with Quarto where it is on PATH, 
 bench: install-dev  ## rendering and import figures
 	@$(VENV)/bin/python tools/bench.py $(ARGS)
 
-compare: install-dev  ## masked autoencoding, DINO, iBOT and Hiera on equal seconds; ARGS=options of tools/compare_objectives.py
+compare: install-dev  ## masked autoencoding, DINO, iBOT and Hiera on equal CPU seconds; prints the kept table, ARGS=--fresh runs it all anew
 	@$(VENV)/bin/python tools/compare_objectives.py $(ARGS)
+
+recipe: install-dev  ## the recipe of masked autoencoding, one thing changed at a time; then adapting against starting anew; ARGS=--fresh as above
+	@$(VENV)/bin/python tools/compare_objectives.py --study recipe $(ARGS)
+	@$(VENV)/bin/python tools/compare_objectives.py --study adapt $(ARGS)
 
 weights-eval: install-dev  ## the encoders that ship against raw pixels and a random one; ARGS="--ship NAME RUN" replaces weights by better ones
 	@$(VENV)/bin/python tools/weights_eval.py $(ARGS)

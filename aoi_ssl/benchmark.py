@@ -27,7 +27,8 @@ from .data import class_names, device_ids, few_shot, load_folder
 from .encoder import Encoder, PixelEncoder, ViTEncoder, new_vit
 from .metrics import mean_iou
 from .predict import evaluate
-from .retrieval import Recipe, build_bank, make_recipe
+from .remember import Recipe, make_recipe
+from .retrieval import build_bank
 from .synthetic import render_folder
 
 # %% ../nbs/api/22_benchmark.ipynb #f6552ee3

@@ -42,7 +42,7 @@ def check_images(
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = f"a tensor of {images.dtype}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise AoiError(f"Images came as {kind}; a float tensor in [0, 1] was expected. "
-                       "Divide 8-bit values by 255 and 16-bit values by 65535, or read files with data.read_image.")
+                       "Divide 8-bit values by 255 and 16-bit values by 65535, or read files with files.read_image.")
     if images.ndim != 4 or 0 in images.shape:
         raise AoiError(f"Images have shape {tuple(images.shape)}; (B, C, H, W) with no empty side was expected. "
                        "For one image pass image[None].")
@@ -346,6 +346,7 @@ def mae_config(
     image_size: int = 224,  # side of the square crops of pre-training, a multiple of the patch size
     mask_ratio: float = 0.7,  # share of the patches that pre-training hides
     norm_pix: bool = True,  # the loss looks at pixels normalised per patch
+    decoder_width: int = 128,  # of the decoder's tokens, a multiple of 4
 ) -> ViTMAEConfig:  # for ViTMAEModel and ViTMAEForPreTraining
     "A ViTMAE configuration. Raises `AoiError` for an unknown preset or sizes that do not fit."
     if preset not in PRESETS:
@@ -356,10 +357,12 @@ def mae_config(
                        f"Use {near}, for example.")
     if not 0 < mask_ratio < 1:
         raise AoiError(f"mask_ratio is {mask_ratio}; a share between 0 and 1 was expected. The paper uses 0.7.")
+    if decoder_width < 4 or decoder_width % 4:
+        raise AoiError(f"decoder_width is {decoder_width}; a multiple of 4 was expected, one for each head. Try 128.")
     return ViTMAEConfig(
         **PRESETS[preset], num_channels=channels, patch_size=patch_size, image_size=image_size, mask_ratio=mask_ratio,
-        norm_pix_loss=norm_pix, decoder_hidden_size=128, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
-        decoder_intermediate_size=512,
+        norm_pix_loss=norm_pix, decoder_hidden_size=decoder_width, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+        decoder_intermediate_size=4 * decoder_width,
     )
 
 # %% ../nbs/api/08_encoder.ipynb #4638f83c

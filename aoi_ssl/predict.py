@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import AoiError, new_folder, read_json, write_json
-from .data import channel_count, class_names, mask_format_of, native_item, source_folders, write_mask
+from .data import channel_count, class_names, native_item, source_folders
+from .masks import mask_format_of, write_mask
 from .metrics import THRESHOLDS, best_thresholds, binary_counts, counts_frame, scores, threshold_counts
 from .tiles import blend
 

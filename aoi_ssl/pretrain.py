@@ -208,7 +208,7 @@ def _plan(dataset, encoder: str, start_from, crop: int | None, patch_size: int, 
     patch_size = patch_size if old is None else old.patch_size
     crop = default_crop(dataset, most=224, patch_size=patch_size) if crop is None else crop
     config = mae_config(encoder, channels=channels, patch_size=patch_size, image_size=crop, **options)
-    for name in PRESETS[encoder] if old is not None else ():
+    for name in (*PRESETS[encoder], "decoder_hidden_size", "decoder_intermediate_size") if old is not None else ():
         setattr(config, name, getattr(old.vit.config, name))
     return config, old
 
@@ -355,6 +355,7 @@ def pretrain(
     batch_size: int = 32,  # crops, of each process
     mask_ratio: float = 0.7,  # share of the patches that are hidden
     norm_pix: bool = True,  # normalise each patch in the loss
+    decoder_width: int = 128,  # of the decoder's tokens, a multiple of 4
     base_lr: float = 1.2e-2,  # for a batch of 256; at 32 it is 1.5e-3
     weight_decay: float = 0.05,  # on matrices and kernels
     warmup: float = 0.05,  # share of the budget
@@ -363,7 +364,7 @@ def pretrain(
     resume: bool = False,  # go on with an unfinished run
     overwrite: bool = False,  # replace `out` if it is not empty
     crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
-    start_from: str | Path | None = None,  # an encoder to go on from, a folder or "aoi-mae-small"; replaces `encoder` and `patch_size`
+    start_from: str | Path | None = None,  # go on from a folder or "aoi-mae-small"; its `encoder`, `patch_size` and `decoder_width` count
     precision: str = "auto",  # see train.fit
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
     on_step: Callable[[ViTEncoder, float], None] | None = None,  # told the encoder and the share of the budget spent
@@ -374,7 +375,8 @@ def pretrain(
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
     budget = parse_budget(budget)
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
-    config, old = _plan(dataset, encoder, start_from, crop, patch_size, mask_ratio=mask_ratio, norm_pix=norm_pix)
+    loss_options = {"mask_ratio": mask_ratio, "norm_pix": norm_pix, "decoder_width": decoder_width}
+    config, old = _plan(dataset, encoder, start_from, crop, patch_size, **loss_options)
     process = Accelerator()
     _check_run(dataset, validation, config.image_size, batch_size, budget, patience, precision)
     crops = _open_crops(dataset, crops, checkpoint, config.image_size, seed, process, resume=resume, progress=progress)

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from .augment import Augment
 from .core import AoiError, require_transformers, step_seed
-from .data import class_names, native_item, to_unit
+from .data import class_names, native_item
+from .files import to_unit
 from .encoder import Encoder, ViTEncoder, block_outputs, check_images, pad_to
 from .metrics import threshold_counts
 from .predict import Segmenter, judged_rows

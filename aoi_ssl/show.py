@@ -35,10 +35,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from .core import AoiError
-from .data import native_item, to_unit
+from .data import native_item
+from .files import to_unit
+from .explain import key_frame
+from .features import embed
 from .metrics import binary_counts
 from .predict import predict_image
-from .retrieval import embed, key_frame, patch_masks, top_k
+from .recall import patch_masks
+from .search import top_k
 
 # %% ../nbs/api/17_show.ipynb #1d08b498
 PALETTE = ("#D55E00", "#56B4E9", "#F0E442", "#0072B2", "#CC79A7", "#009E73", "#E69F00")  # one colour a class, Okabe-Ito
@@ -96,7 +100,7 @@ def _image(image: Tensor | np.ndarray, name: str = "image") -> np.ndarray:  # (C
     if array.dtype.kind != "f" or not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
         raise AoiError(
             f"{name} holds {array.dtype} values from {array.min()} to {array.max()}; floats in [0, 1] were expected. "
-            "Read it with aoi_ssl.data.read_image, or divide by 255 (8 bit) or 65535 (16 bit)."
+            "Read it with aoi_ssl.files.read_image, or divide by 255 (8 bit) or 65535 (16 bit)."
         )
     return array.astype(np.float32, copy=False)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pool', 'image_pool', 'cover_distances', 'greedy_cover', 'suggest_next']
 
-# %% ../nbs/api/17_suggest.ipynb #21a99c90
+# %% ../nbs/api/17_suggest.ipynb #d913f2e0
 from typing import NamedTuple
 
 import pandas as pd
@@ -16,9 +16,10 @@ from .core import AoiError
 from .encoder import Encoder
 from .features import embed, fit_space, window_places
 from .novelty import named_images
-from .retrieval import MemoryBank, search, to_keys
+from .recall import search, to_keys
+from .retrieval import MemoryBank
 
-# %% ../nbs/api/17_suggest.ipynb #8e4218eb
+# %% ../nbs/api/17_suggest.ipynb #b6884c82
 class Pool(NamedTuple):
     "Images to choose from, as keys."
 
@@ -64,7 +65,7 @@ def _own_space(grids: list[Tensor], places: list[Tensor]) -> list[Tensor]:
     space = fit_space(x[::step].cpu(), where[::step], whiten=64).to(x.device)
     return [space(part, place.to(part)) for part, place in zip(grids, places, strict=True)]
 
-# %% ../nbs/api/17_suggest.ipynb #1e3630b7
+# %% ../nbs/api/17_suggest.ipynb #15fa4fba
 def cover_distances(
     pool: Pool,  # of M images
     *,
@@ -92,7 +93,7 @@ def greedy_cover(
         known, left[best] = torch.minimum(known, distances[best]), torch.inf
     return found
 
-# %% ../nbs/api/17_suggest.ipynb #cf360565
+# %% ../nbs/api/17_suggest.ipynb #98b704cb
 def suggest_next(
     images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
     n: int = 1,  # images to label

@@ -28,8 +28,11 @@ from scipy import ndimage
 from torch import Tensor
 
 from .core import AoiError, write_json
-from .data import class_names, fill_polygon, mask_format_of, native_item, to_unit, write_mask
-from .retrieval import _TENSORS, MemoryBank, _append, remember_image, shrink_bank
+from .data import class_names, native_item
+from .files import to_unit
+from .masks import fill_polygon, mask_format_of, write_mask
+from .remember import remember_image
+from .retrieval import BANK_TENSORS, MemoryBank, _append, shrink_bank
 from .show import Picture, taught
 from .suggest import suggest_next
 from .widgets import Handle, Planes, TraitValueError, as_picture, page_module
@@ -299,7 +302,7 @@ def forget_image(
     if name in stems and len(stems) > 1:
         shrink_bank(bank, stem=name, calibrate=False)
     elif name in stems:
-        for part in _TENSORS:
+        for part in BANK_TENSORS:
             setattr(bank, part, getattr(bank, part)[:0])
         bank.images, bank.lights, bank.regression, bank._cache = [], [], None, {}
 
@@ -738,7 +741,7 @@ def save_labels(
 
 
 def mask_files(
-    path: Path,  # as for `data.write_mask`
+    path: Path,  # as for `masks.write_mask`
     classes: Sequence[str],  # class names
     mask_format: str,  # a format
 ) -> list[Path]:  # that a mask may consist of
@@ -809,7 +812,7 @@ def teach(
     classes: Sequence[str] | None = None,  # class names; None: those of the bank or of the dataset
     *,
     out: str | Path | None = None,  # folder for the masks
-    mask_format: str = "classes",  # a format of `data.write_mask` that can hold ignored pixels
+    mask_format: str = "classes",  # a format of `masks.write_mask` that can hold ignored pixels
     journal: str
     | Path
     | None = None,  # file that every step is written to; None: teach.jsonl in `out`, if there is one

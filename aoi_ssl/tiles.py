@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .core import AoiError, step_seed
-from .data import channel_count, class_names, native_item, to_unit
+from .data import channel_count, class_names, native_item
+from .files import to_unit
 
 # %% ../nbs/api/04_tiles.ipynb #ee8f3e3e
 def windows(

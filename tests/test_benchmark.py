@@ -21,7 +21,8 @@ from aoi_ssl.core import AoiError
 from aoi_ssl.data import few_shot
 from aoi_ssl.encoder import PixelEncoder, ViTEncoder
 from aoi_ssl.predict import evaluate
-from aoi_ssl.retrieval import build_bank, make_recipe
+from aoi_ssl.remember import make_recipe
+from aoi_ssl.retrieval import build_bank
 
 METHODS = {"paper": {"method": "paper", "k": 3}, "shifted": {"method": "paper", "bank_shifts": 2, "query_shifts": 2, "k": 3}}
 

@@ -15,6 +15,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -158,8 +160,23 @@ def test_docs_tutorial_shows_its_pictures_on_a_phone(site, visit):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "JupyterLab on a loopback port, over copies of the notebooks, with settings of its own; stopped at the end."
-    home = tmp_path_factory.mktemp("lab")
+    "JupyterLab, stopped at the end."
+    with serve("jupyterlab", tmp_path_factory.mktemp("lab")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    "Notebook 7, stopped at the end; skipped where it is not installed."
+    if find_spec("notebook") is None:
+        pytest.skip("Notebook 7 is not installed (pip install notebook)")
+    with serve("notebook", tmp_path_factory.mktemp("notebook")) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serve(application: str, home: Path) -> Iterator[str]:
+    "A Jupyter application on a loopback port, over copies of the notebooks, with settings of its own."
     work = home / "work"
     shutil.copytree(ROOT / "nbs", work, ignore=shutil.ignore_patterns(".*", "_*"))
     cells = [
@@ -184,7 +201,7 @@ def lab(tmp_path_factory):
     env |= {f"JUPYTER_{k}_DIR": str(home / k.lower()) for k in ("CONFIG", "DATA", "RUNTIME")}
     env |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command = [sys.executable, "-m", application, "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
     command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=test", f"--ServerApp.root_dir={work}"]
     with open(home / "log", "w") as log:
         server = subprocess.Popen(command, cwd=work, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -197,7 +214,7 @@ def lab(tmp_path_factory):
                 break
             time.sleep(0.5)
         else:
-            raise AssertionError("JupyterLab did not start in 60 s:\n" + (home / "log").read_text()[-3000:])
+            raise AssertionError(f"{application} did not start in 60 s:\n" + (home / "log").read_text()[-3000:])
         yield url
     finally:
         with contextlib.suppress(OSError):  # asks it to stop, kernels first; then whatever is left of its group
@@ -210,9 +227,10 @@ def lab(tmp_path_factory):
         server.wait(10)
 
 
-def open_notebook(v: Visit, lab: str, path: str) -> None:
-    "Open a notebook in JupyterLab and wait until its cells are drawn."
-    v.page.goto(f"{lab}/lab/workspaces/auto-{Path(path).stem}/tree/{path}?token=test&reset")
+def open_notebook(v: Visit, url: str, path: str, *, application: str = "lab") -> None:
+    "Open a notebook in JupyterLab or Notebook 7 and wait until its cells are drawn."
+    pages = {"lab": f"lab/workspaces/auto-{Path(path).stem}/tree/{path}?token=test&reset", "notebook": f"notebooks/{path}?token=test"}
+    v.page.goto(f"{url}/{pages[application]}")
     v.page.locator(".jp-Notebook .jp-Cell").first.wait_for()
     v.page.wait_for_function("document.querySelectorAll('.jp-Notebook .jp-Cell.jp-mod-active').length > 0")
 

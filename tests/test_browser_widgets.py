@@ -1,4 +1,4 @@
-"""The widgets in JupyterLab, in a real Chromium: clicked, painted on, reloaded; screenshots go to build/screenshots."""
+"""The widgets in JupyterLab and Notebook 7, in a real Chromium: clicked, painted on, reloaded; screenshots go to build/screenshots."""
 
 import json
 import time
@@ -6,7 +6,7 @@ import urllib.request
 
 import numpy as np
 import pytest
-from test_browser import SHOTS, browser, lab, open_notebook, pytestmark, visit  # noqa: F401  (fixtures are found by name)
+from test_browser import SHOTS, browser, lab, notebook, open_notebook, pytestmark, visit  # noqa: F401  (fixtures are found by name)
 
 SETUP = """
 import numpy as np, torch
@@ -57,12 +57,12 @@ def write_notebook(lab: str, name: str, *cells: str) -> str:
 
 
 class Bench:
-    "A notebook that is open in JupyterLab: run its cells, reach its widget."
+    "A notebook that is open in JupyterLab or Notebook 7: run its cells, reach its widget."
 
-    def __init__(self, v, lab: str, name: str, *cells: str):
-        self.v, self.page, self.lab, self.name = v, v.page, lab, write_notebook(lab, name, *cells)
-        open_notebook(v, lab, self.name)
-        self.page.locator("#jp-main-statusbar", has_text="| Idle").wait_for(timeout=90_000)
+    def __init__(self, v, application: str, url: str, name: str, *cells: str):
+        self.v, self.page, self.application, self.url, self.name = v, v.page, application, url, write_notebook(url, name, *cells)
+        open_notebook(v, url, self.name, application=application)
+        self.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=90_000)
         self.page.keyboard.press("Escape")
 
     def run(self, index: int, timeout: int = 120_000) -> str:
@@ -119,29 +119,37 @@ class Bench:
         root.scroll_into_view_if_needed()
         self.settle()
         if page:
-            return self.v.shoot(f"widget-{name}")
+            return self.v.shoot(self.shot(name))
         SHOTS.mkdir(parents=True, exist_ok=True)
-        root.screenshot(path=SHOTS / f"widget-{name}.png")
+        root.screenshot(path=SHOTS / f"{self.shot(name)}.png")
+
+    def shot(self, name: str) -> str:
+        "How a screenshot is called."
+        return f"widget-{name}" if self.application == "lab" else f"{self.application}-widget-{name}"
 
 
 @pytest.fixture
-def bench(lab, visit):
-    "Open a notebook of some cells in JupyterLab."
-    opened = []
+def bench(request, visit):
+    "Open a notebook of some cells in JupyterLab, or in the application that the test names."
+    opened, application = [], getattr(request, "param", "lab")
+    url = request.getfixturevalue(application)
 
     def open_bench(name: str, *cells: str, width: int = 1280, height: int = 900) -> Bench:
-        opened.append(Bench(visit(width, height), lab, name, *cells))
+        opened.append(Bench(visit(width, height), application, url, name, *cells))
         return opened[-1]
 
     yield open_bench
     for b in opened:
         assert b.v.outside() == [], "the page asked another host"
-        kernels = json.load(urllib.request.urlopen(f"{lab}/api/sessions?token=test", timeout=20))
+        kernels = json.load(urllib.request.urlopen(f"{url}/api/sessions?token=test", timeout=20))
         for session in kernels:
             if session["path"] == b.name:
-                address, token = f"{lab}/api/sessions/{session['id']}", {"Authorization": "token test"}
+                address, token = f"{url}/api/sessions/{session['id']}", {"Authorization": "token test"}
                 stop = urllib.request.Request(address, method="DELETE", headers=token)
                 urllib.request.urlopen(stop, timeout=20).read()
+
+
+everywhere = pytest.mark.parametrize("bench", ["lab", "notebook"], indirect=True)
 
 
 # explore
@@ -150,7 +158,8 @@ def bench(lab, visit):
 BANK = (
     SETUP
     + """
-from aoi_ssl.retrieval import MemoryBank, remember_image
+from aoi_ssl.remember import remember_image
+from aoi_ssl.retrieval import MemoryBank
 
 def small_bank(seeds):
     parts, records, images = [], [], {}
@@ -190,6 +199,7 @@ def wire_patches(seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
     return np.argwhere((share[0] > 0.15) & (share[1] == 0)), np.argwhere(share.sum(0) == 0)
 
 
+@everywhere
 def test_explore(bench):
     "Click a wire patch: the trait says so, other wires light up; threshold, keys, bank, reload."
     b = bench("explore.ipynb", EXPLORE, ASK_EXPLORE, height=1150)
@@ -329,6 +339,7 @@ print(json.dumps({n: getattr(handle, n) for n in names} | {
 """
 
 
+@everywhere
 def test_inspect(bench):
     "A threshold changes the mask and the IoU; errors; why this pixel; a class off; zoom in both."
     b = bench("inspect.ipynb", INSPECT, ASK_INSPECT, height=1150)
@@ -470,6 +481,7 @@ def drag(b, *points: tuple[float, float]) -> None:
     b.page.mouse.up()
 
 
+@everywhere
 def test_teach(bench):
     "Paint a wedge: the trait, the pixels and the prediction change; tools, undo, accept, save, restart."
     b = bench(
@@ -610,6 +622,7 @@ print(json.dumps({n: getattr(handle, n) for n in names} | {"hidden": handle.rebu
 """
 
 
+@everywhere
 def test_watch(bench):
     "Curves; the mask ratio redraws; a click changes the patch that is followed."
     b = bench("watch.ipynb", WATCH, ASK_WATCH, height=1500)

@@ -41,8 +41,8 @@ def test_iou_of_filled_patches_by_hand(tool):
 
 def test_a_table_grows_by_whole_rows_and_is_read_again(tool, tmp_path):
     table = tool.Table(tmp_path / "t.csv")
-    table.add({"objective": "mae", "seed": 0, "share": 0.5})
-    table.add({"objective": "mae", "seed": 0, "share": 1.0, "retrieval": 0.4})
+    table.add({"run": "mae", "seed": 0, "share": 0.5})
+    table.add({"run": "mae", "seed": 0, "share": 1.0, "retrieval": 0.4})
     again = tool.Table(tmp_path / "t.csv")
     assert again.has("mae", 0, 2) and not again.has("mae", 0, 3) and not again.has("mae", 1, 1)
     assert [r["retrieval"] for r in again.rows] == ["", "0.4"]
@@ -58,23 +58,39 @@ def test_rates_scale_with_the_root_of_the_batch(tool):
         lr = tool.scaled(train, {"batch_size": batch})["base_lr"] * batch / 256
         assert lr == pytest.approx(1e-3 * (batch / 32) ** 0.5)
     assert tool.scaled(train, {"batch_size": 64, "base_lr": 1.0})["base_lr"] == 1.0
+    assert tool.scaled(train, {"batch_size": 32, "rate": 0.25}) == {"base_lr": 0.002, "batch_size": 32}
+
+
+def test_what_the_studies_name_exists_and_every_run_is_judged_at_its_end(tool):
+    for name, study in tool.STUDIES.items():
+        args = tool.options([f"--study={name}"])
+        assert (args.seconds, args.seeds, args.runs) == (study.seconds, study.seeds, study.runs) and study.shares[-1] == 1
+        assert set(study.runs.split(",")) <= set(tool.RECIPES) and set(study.baselines.split(",")) <= set(tool.BASELINES)
+
+
+def test_all_runs_get_the_same_cpu_seconds_unless_their_name_says_otherwise(tool):
+    args = tool.options(["--seconds=60"])
+    budgets = {name: tool.budget_of(name, args) for name in tool.RECIPES}
+    assert {budgets.pop(n) for n in ("budget / 4", "budget x 4", "adapted in a fifth")} == {"15.0 cpu s", "240.0 cpu s", "12.0 cpu s"}
+    assert set(budgets.values()) == {"60.0 cpu s"}
+    assert tool.budget_of("mae", tool.options(["--seconds=60", "--device=cuda"])) == "60.0 s"
 
 
 def test_it_goes_on_after_the_last_whole_objective(tool, tmp_path, monkeypatch, capsys):
-    options = {"steps": 4, "seeds": 1, "device": "cpu", "out": tmp_path, "devices": 2, "images": 2, "size": 96, "crop": 64,
-               "encoder": "nano", "batch-size": 2, "validation-devices": 1, "queries": 1, "workers": 1, "threads": 1}  # fmt: skip
+    options = {"steps": 4, "seeds": 1, "out": tmp_path, "work": tmp_path, "devices": 2, "images": 2, "size": 96, "crop": 64,
+               "encoder": "nano", "batch-size": 2, "validation-devices": 1, "queries": 1, "workers": 1}  # fmt: skip
     arguments = ["compare_objectives", *(f"--{k}={v}" for k, v in options.items()), "--baselines=random"]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def run(objectives):
-        monkeypatch.setattr(sys, "argv", [*arguments, f"--objectives={objectives}"])
+        monkeypatch.setattr(sys, "argv", [*arguments, f"--runs={objectives}"])
         tool.main()
         return list(csv.DictReader((tmp_path / "objectives.csv").open())), capsys.readouterr().out
 
     first, _ = run("ibot")
-    assert [r["objective"] for r in first] == ["random"] + ["ibot"] * 4
+    assert [r["run"] for r in first] == ["random"] + ["ibot"] * 4
     assert [r["share"] for r in first] == ["0", "0.25", "0.5", "0.75", "1.0"] and [r["steps"] for r in first[1:]] == list("1234")
     assert len({r["effective_rank"] for r in first}) > 2, "snapshots are of different weights"
     second, said = run("ibot,hiera")
-    assert [r["objective"] for r in second[5:]] == ["hiera", "hiera-stage3", "hiera-stage2"] * 4
-    assert [r["retrieval"] for r in second[:5]] == [r["retrieval"] for r in first] and "objective ibot" not in said
+    assert [r["run"] for r in second[5:]] == ["hiera", "hiera-stage3", "hiera-stage2"] * 4
+    assert [r["retrieval"] for r in second[:5]] == [r["retrieval"] for r in first] and "run ibot" not in said

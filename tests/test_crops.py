@@ -9,7 +9,8 @@ from PIL import Image
 
 from aoi_ssl.core import AoiError
 from aoi_ssl.crops import CropStore, crop_places, cut_crops, find_cells, is_black, store_images
-from aoi_ssl.data import channel_stats, load_folder, native_item, to_unit
+from aoi_ssl.data import channel_stats, load_folder, native_item
+from aoi_ssl.files import to_unit
 
 
 def write(folder, stem, pixels):

@@ -16,27 +16,19 @@ from PIL import Image, ImageFile
 
 from aoi_ssl.core import AoiError
 from aoi_ssl.data import (
-    MASK_FORMATS,
-    PROBLEMS,
-    FileError,
     channel_count,
     channel_stats,
     check_folder,
     class_names,
     device_ids,
     few_shot,
-    fill_polygon,
     load_folder,
     native_item,
-    read_header,
-    read_image,
-    read_mask,
-    read_native,
     source_folders,
     split_by_device,
-    to_unit,
-    write_mask,
 )
+from aoi_ssl.files import PROBLEMS, FileError, read_header, read_image, read_native, to_unit
+from aoi_ssl.masks import MASK_FORMATS, fill_polygon, read_mask, write_mask
 
 SIZE = (24, 32)
 CLASSES = ["wire", "ball"]

@@ -234,6 +234,8 @@ def test_wrong_settings_are_refused():
         ViTEncoder("nano", image_size=500)
     with pytest.raises(AoiError, match="mask_ratio"):
         mae_config("nano", mask_ratio=1.0)
+    with pytest.raises(AoiError, match="decoder_width is 30; a multiple of 4"):
+        mae_config("nano", decoder_width=30)
 
 
 # --- folders ---

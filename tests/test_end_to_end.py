@@ -7,7 +7,8 @@ import torch
 from datasets import concatenate_datasets
 
 from aoi_ssl.core import write_json
-from aoi_ssl.data import channel_count, few_shot, load_folder, native_item, split_by_device, write_mask
+from aoi_ssl.data import channel_count, few_shot, load_folder, native_item, split_by_device
+from aoi_ssl.masks import write_mask
 from aoi_ssl.metrics import binary_counts, counts_frame, mean_iou, scores
 from aoi_ssl.predict import Segmenter, evaluate, predict_image, segment, to_mask
 from aoi_ssl.pretrain import pretrain

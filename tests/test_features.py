@@ -21,7 +21,7 @@ from aoi_ssl.features import (
     layer_count,
     restore_space,
     shift_offsets,
-    window_places,
+    window_layout,
     with_layers,
 )
 
@@ -106,7 +106,7 @@ def test_a_shifted_grid_takes_no_more_windows():
 
 
 def test_places_are_those_of_the_window():
-    places = window_places(96, 64, 16, size=64)
+    places = window_layout(96, 64, 16, size=64).places
     assert places.shape == (6, 4, 2)
     assert places[:, 0, 0].tolist() == [0.125, 0.375, 0.125, 0.375, 0.625, 0.875]  # the last window is moved back inside
     assert places[0, :, 1].tolist() == [0.125, 0.375, 0.625, 0.875]

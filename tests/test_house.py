@@ -1,6 +1,7 @@
 "What the house promises: a light import, honest requirements, documented verbs, tools that notice what they are for."
 
 import ast
+import base64
 import importlib.util
 import io
 import json
@@ -272,6 +273,16 @@ def test_docs_load_nothing_from_elsewhere():
     offline = tool("build_docs").offline
     assert offline(page) == ""
     assert "<math" in offline(r'<span class="math inline">\(s_j / \sum_i s_i\)</span>')
+
+
+@pytest.mark.parametrize(("size", "strip"), [((900, 300), True), ((900, 800), False), ((300, 100), False)])
+def test_a_row_of_panels_is_told_from_a_picture(size, strip):
+    from PIL import Image
+
+    Image.new("L", size).save(file := io.BytesIO(), "PNG")
+    picture = f'<p><img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" class="img-fluid"></p>'
+    page = tool("build_docs").offline(picture)
+    assert 'alt="' in page and ("img-fluid strip" in page) == strip
 
 
 def test_readme_links_start_at_the_root():

@@ -21,7 +21,8 @@ from aoi_ssl.novelty import (
     paste_defect,
     prediction_limit,
 )
-from aoi_ssl.retrieval import METHODS, MemoryBank, make_recipe, remember_image
+from aoi_ssl.remember import METHODS, make_recipe, remember_image
+from aoi_ssl.retrieval import MemoryBank
 
 P = 4
 HALVES = torch.zeros(3, P, P)  # left bright, right bright, all bright

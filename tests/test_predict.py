@@ -8,7 +8,8 @@ from PIL import Image
 
 from aoi_ssl import predict
 from aoi_ssl.core import AoiError, write_json
-from aoi_ssl.data import load_folder, read_mask, write_mask
+from aoi_ssl.data import load_folder
+from aoi_ssl.masks import read_mask, write_mask
 from aoi_ssl.metrics import binary_counts, mean_iou, scores
 from aoi_ssl.predict import (
     Segmenter,

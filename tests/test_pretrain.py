@@ -108,6 +108,11 @@ def test_zero_positions_would_learn_less(images):
     assert last_loss(True) < 0.5 * last_loss(False)
 
 
+def test_the_decoder_has_the_width_that_is_asked_for(images):
+    mae = pretrain(images, **SMALL, decoder_width=32, budget="1 steps").mae
+    assert mae.decoder.mask_token.shape[-1] == 32 and mae.decoder.decoder_layers[0].mlp.fc1.out_features == 128
+
+
 def test_weight_decay_spares_norms_biases_and_tokens_and_misses_nothing():
     mae = new_vit(mae_config("nano", image_size=32), model=ViTMAEForPreTraining)
     names = {id(p): n for n, p in mae.named_parameters()}
@@ -235,7 +240,8 @@ def test_a_full_disk_at_the_end_keeps_the_checkpoint(images, tmp_path, monkeypat
 def test_start_from(images, trained, tmp_path):
     result, out = trained
     still = {**SMALL, "budget": "1 steps", "base_lr": 1e-12, "weight_decay": 0.0}
-    more = pretrain(images, **(still | {"encoder": "tiny", "crop": 96}), start_from=out)  # its preset and patch size win
+    other = {"encoder": "tiny", "crop": 96, "decoder_width": 64}  # what was trained wins
+    more = pretrain(images, **(still | other), start_from=out)
     assert more.mae.config.hidden_size == 48 and more.mae.config.image_size == 96
     assert torch.allclose(more.mae.vit.layers[0].mlp.fc1.weight, result.mae.vit.layers[0].mlp.fc1.weight, atol=1e-6)
     assert torch.allclose(more.mae.decoder.mask_token, result.mae.decoder.mask_token, atol=1e-6)

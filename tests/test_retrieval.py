@@ -13,30 +13,17 @@ from PIL import Image
 
 from aoi_ssl import retrieval
 from aoi_ssl.core import AoiError
+from aoi_ssl.crossval import cross_validate, held_out_search, judged_regions, patch_folds, region_masks
 from aoi_ssl.data import class_names, load_folder
 from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder
+from aoi_ssl.explain import patch_images
 from aoi_ssl.features import embed
 from aoi_ssl.metrics import THRESHOLDS, threshold_counts
 from aoi_ssl.patches import guided_filter, patchify_mask, rim_weights, unpatchify_mask
 from aoi_ssl.predict import Segmenter, predict_image
-from aoi_ssl.retrieval import (
-    MemoryBank,
-    Recipe,
-    attention_weights,
-    build_bank,
-    cross_validate,
-    estimate_bank,
-    held_out_search,
-    judged_regions,
-    learn_space,
-    patch_folds,
-    patch_images,
-    patch_masks,
-    region_masks,
-    remember_image,
-    similarity_weights,
-    turned,
-)
+from aoi_ssl.recall import attention_weights, patch_masks, similarity_weights
+from aoi_ssl.remember import Recipe, estimate_bank, learn_space, remember_image, turned
+from aoi_ssl.retrieval import MemoryBank, build_bank
 from aoi_ssl.search import aggregate, pack_bits, top_k, unpack_bits
 
 paper_bank = partial(build_bank, method="paper")
@@ -497,7 +484,7 @@ def test_a_full_disk_leaves_the_old_bank(tmp_path, bank, monkeypatch):
 
 
 def test_an_encoder_of_another_length_is_refused(bank):
-    tensors = {name: getattr(bank, name) for name in retrieval._TENSORS}
+    tensors = {name: getattr(bank, name) for name in retrieval.BANK_TENSORS}
     with pytest.raises(AoiError, match="512 numbers, the encoder's embeddings 48"):
         MemoryBank(ViTEncoder("nano", image_size=32), bank.classes, tensors, bank.images)
     with pytest.raises(AoiError, match="64 bytes a patch, 3 classes need 96"):
@@ -709,7 +696,7 @@ def space(dataset, pixels, recipe):
 def same(a, b):
     "Two banks with the same contents."
     return a.images == b.images and a.classes == b.classes and a.thresholds.equal(b.thresholds) and all(
-        getattr(a, name).equal(getattr(b, name)) for name in retrieval._TENSORS)
+        getattr(a, name).equal(getattr(b, name)) for name in retrieval.BANK_TENSORS)
 
 
 def test_what_is_removed_was_never_there(dataset, pixels, recipe, space):

@@ -5,7 +5,8 @@ import torch
 
 from aoi_ssl.core import AoiError
 from aoi_ssl.encoder import PixelEncoder
-from aoi_ssl.retrieval import MemoryBank, remember_image
+from aoi_ssl.remember import remember_image
+from aoi_ssl.retrieval import MemoryBank
 from aoi_ssl.suggest import greedy_cover, suggest_next
 from aoi_ssl.teach import new_bank, teach
 

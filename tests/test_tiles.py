@@ -7,7 +7,8 @@ from PIL import Image
 
 from aoi_ssl import tiles
 from aoi_ssl.core import AoiError, write_json
-from aoi_ssl.data import load_folder, write_mask
+from aoi_ssl.data import load_folder
+from aoi_ssl.masks import write_mask
 from aoi_ssl.tiles import CropSampler, ImageCache, axis_weights, blend, labelled_pixels, windows
 
 CLASSES = ["wire", "wedge", "epoxy"]

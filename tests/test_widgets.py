@@ -20,7 +20,8 @@ from aoi_ssl.metrics import binary_counts
 from aoi_ssl.novelty import calibrate_novelty
 from aoi_ssl.predict import Segmenter
 from aoi_ssl.pretrain import Pretrained
-from aoi_ssl.retrieval import MemoryBank, remember_image
+from aoi_ssl.remember import remember_image
+from aoi_ssl.retrieval import MemoryBank
 from aoi_ssl.teach import Labels, stroke_mask, teach
 from aoi_ssl.watch import chart_series, watch
 from aoi_ssl.widgets import bank_mask

@@ -25,7 +25,7 @@ from torch import Tensor
 from aoi_ssl.core import write_json
 from aoi_ssl.encoder import Encoder, PixelEncoder
 from aoi_ssl.metrics import best_thresholds, threshold_counts
-from aoi_ssl.retrieval import patchify_mask
+from aoi_ssl.patches import patchify_mask
 from aoi_ssl.search import (
     ExactIndex,
     Index,

@@ -5,6 +5,7 @@ fetch nothing from the network. Everything happens on a copy in build/docs, so t
 
 import argparse
 import ast
+import base64
 import contextlib
 import dataclasses
 import functools
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -29,6 +31,7 @@ from pathlib import Path
 from tree import ROOT, copy_source
 
 WORK = ROOT / "build" / "docs"
+PICTURE = re.compile(r'(<img src="data:image/png;base64,([\w+/=]{32})[^"]*") class="img-fluid">')
 LOADED = re.compile(r"<(?:script|link)\b[^>]*(?:src|href)=\"https?://[^>]*>(?:</script>)?\s*")
 
 
@@ -273,7 +276,14 @@ def offline(page: str) -> str:
 
     page = re.sub(r'<span class="math (inline|display)">(.*?)</span>', maths, page, flags=re.S)
     page = LOADED.sub(lambda m: m[0] if re.search(r'rel="(?:canonical|license)"', m[0]) else "", page)
-    return page.replace('class="img-fluid">', 'class="img-fluid" alt="Picture made by the code above" loading="lazy">')
+    return PICTURE.sub(describe_picture, page)
+
+
+def describe_picture(picture: re.Match) -> str:
+    "Give an embedded picture words, and let the style know a row of panels, which is much wider than high."
+    width, height = struct.unpack(">II", base64.b64decode(picture[2])[16:24])
+    strip = " strip" * (width >= 640 and width > 1.8 * height)
+    return f'{picture[1]} class="img-fluid{strip}" alt="Picture made by the code above" loading="lazy">'
 
 
 def build() -> Path:

@@ -1,4 +1,10 @@
-"""Objectives on equal terms: the same crops, augmentations and seconds, judged on devices that none of them saw."""
+"""Pre-training on equal terms: the same images, crops and CPU seconds, judged on devices that none of the runs saw.
+
+    python tools/compare_objectives.py                  # masked autoencoding, DINO, iBOT and Hiera
+    python tools/compare_objectives.py --study recipe   # one thing changed at a time
+    python tools/compare_objectives.py --study adapt    # going on from the shipped encoder against starting from scratch
+
+Rows that are in the table already are not computed again; --fresh makes all of them anew."""
 
 import argparse
 import csv
@@ -7,35 +13,63 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, where an encoder is judged
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def options() -> argparse.Namespace:
-    "The command line."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+@dataclass(frozen=True)
+class Study:
+    "A table: which runs, how long, and where in their budget they are judged."
+
+    runs: str  # names in RECIPES
+    baselines: str  # names in BASELINES
+    seconds: float  # of training, of each run
+    seeds: int
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # of the budget
+
+
+STUDIES = {
+    "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera", "pixels,random,pixels-p8,random-p8", 60, 3),
+    "recipe": Study(
+        "default,mask 0.5,mask 0.85,patch 8,raw targets,decoder 64,decoder 256,no augmentation,6 devices,budget / 4,budget x 4",
+        "pixels,random", 40, 2, (1.0,)),
+    "adapt": Study("scratch,adapted,adapted gently,adapted in a fifth", "pixels,random,aoi-mae-tiny", 60, 2,
+                   (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)),
+}  # fmt: skip
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    "The command line; what belongs to a study is its own by default."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--seconds", type=float, default=30, help="of training, for each objective and seed")
+    add("--study", default="objectives", choices=STUDIES)
+    add("--seconds", type=float, help="of training, for each run and seed: of the CPU, or on a GPU of the clock on the wall")
     add("--steps", type=int, help="a budget in steps in place of seconds: equal work is then not claimed")
-    add("--seeds", type=int, default=3)
-    add("--objectives", default="mae,dino,ibot,dino-dropped,mae-p8,hiera", help=f"some of {', '.join(RECIPES)}")
-    add("--baselines", default="pixels,random,pixels-p8,random-p8", help=f"some of {', '.join(BASELINES)}; '' for none")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--out", type=Path, default=Path("build/objectives"), help="folder of the images and of objectives.csv")
+    add("--seeds", type=int, help="the first so many")
+    add("--runs", help=f"some of {', '.join(RECIPES)}")
+    add("--baselines", help=f"some of {', '.join(BASELINES)}; '' for none")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--out", type=Path, default=ROOT / "nbs/experiments/results/pretraining", help="folder of the table, <study>.csv")
+    add("--work", type=Path, default=ROOT / "build/pretraining", help="folder of the rendered images")
+    add("--fresh", action="store_true", help="forget the rows that are there")
     add("--devices", type=int, default=24, help="rendered devices to learn from")
     add("--images", type=int, default=8, help="pictures of each")
-    add("--size", type=int, default=256, help="pixels, side of a picture")
+    add("--size", type=int, default=320, help="pixels, side of a picture")
     add("--validation-devices", type=int, default=4, help="new devices to judge on")
     add("--queries", type=int, default=3, help="pictures of each of them to segment; three more are labelled")
     add("--encoder", default="tiny", help="preset of the ViT")
-    add("--crop", type=int, default=224)
-    add("--batch-size", type=int, default=32)
+    add("--crop", type=int, default=96)
+    add("--batch-size", type=int, default=16)
     add("--drift", type=float, default=0.3, help="of the process, 0 to 1")
     add("--workers", type=int, default=os.cpu_count(), help="processes that render")
-    add("--threads", type=int, help="of torch")
-    return parser.parse_args()
+    add("--threads", type=int, default=1, help="of torch; CPU seconds are those of all threads together")
+    args = parser.parse_args(arguments)
+    for name in ("seconds", "seeds", "runs", "baselines"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(STUDIES[args.study], name))
+    return args
 
 
 # what is compared
@@ -60,9 +94,9 @@ def _hiera(dataset, *, encoder, **options):
 
 
 def scaled(train: Callable, options: dict) -> dict:
-    "The rate that each objective has by default at a batch of 32, times the root of the batch over 32."
-    base = inspect.signature(train).parameters["base_lr"].default
-    return {"base_lr": base * (32 / options["batch_size"]) ** 0.5} | options
+    "The rate that each objective has by default at a batch of 32, times the root of the batch over 32, times `rate`."
+    base, rate = inspect.signature(train).parameters["base_lr"].default, options.pop("rate", 1.0)
+    return {"base_lr": rate * base * (32 / options["batch_size"]) ** 0.5} | options
 
 
 @dataclass(frozen=True)
@@ -70,13 +104,16 @@ class Recipe:
     "How an encoder is trained, and how its weights are read."
 
     train: Callable  # (dataset, **options) -> result with encoder and history
-    own: dict  # options beside those that all share
+    own: dict = field(default_factory=dict)  # options beside those that all share; rate: a factor of the learning rate
     network: str = "vit"  # attribute of the encoder that holds the network
-    also: dict | None = None  # rows of the same weights, read in another way: name -> options of the encoder
+    also: dict = field(default_factory=dict)  # the same weights, read in another way: name -> options of the encoder
+    budget: float = 1.0  # times that of the others
+    devices: int | None = None  # the first so many to learn from; None: all
 
 
+SHIPPED = "aoi-mae-tiny"
 RECIPES = {
-    "mae": Recipe(_mae, {}),
+    "mae": Recipe(_mae),
     "mae-p8": Recipe(_mae, {"patch_size": 8}),
     "dino": Recipe(_distill, {"objective": "dino"}),
     "ibot": Recipe(_distill, {"objective": "ibot"}),
@@ -86,14 +123,31 @@ RECIPES = {
     "dino-cls": Recipe(_distill, {"objective": "dino", "pool": "cls"}),
     "ibot-cls": Recipe(_distill, {"objective": "ibot", "pool": "cls"}),
     "hiera": Recipe(_hiera, {}, "hiera", {"hiera-stage3": {"stages": (3,)}, "hiera-stage2": {"stages": (2,)}}),
+    "default": Recipe(_mae),
+    "mask 0.5": Recipe(_mae, {"mask_ratio": 0.5}),
+    "mask 0.85": Recipe(_mae, {"mask_ratio": 0.85}),
+    "patch 8": Recipe(_mae, {"patch_size": 8}),
+    "raw targets": Recipe(_mae, {"norm_pix": False}),
+    "decoder 64": Recipe(_mae, {"decoder_width": 64}),
+    "decoder 256": Recipe(_mae, {"decoder_width": 256}),
+    "no augmentation": Recipe(_mae, {"augment": False}),
+    "6 devices": Recipe(_mae, devices=6),
+    "budget / 4": Recipe(_mae, budget=0.25),
+    "budget x 4": Recipe(_mae, budget=4),
+    "scratch": Recipe(_mae),
+    "adapted": Recipe(_mae, {"start_from": SHIPPED}),
+    "adapted gently": Recipe(_mae, {"start_from": SHIPPED, "rate": 0.25}),
+    "adapted in a fifth": Recipe(_mae, {"start_from": SHIPPED}, budget=0.2),
 }
-BASELINES = ("pixels", "pixels-p8", "random", "random-p8")
+BASELINES = ("pixels", "pixels-p8", "random", "random-p8", SHIPPED)
 
 
 def baseline(name: str, *, channels: int, preset: str, crop: int, mean, std, seed: int):
-    "An encoder that has learned nothing."
-    from aoi_ssl.encoder import PixelEncoder, ViTEncoder
+    "An encoder that has learned nothing from these images."
+    from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder
 
+    if name == SHIPPED:
+        return Encoder.from_pretrained(name)
     common = {"channels": channels, "patch_size": 8 if name.endswith("-p8") else 16, "mean": mean, "std": std}
     if name.startswith("pixels"):
         return PixelEncoder(**common)
@@ -103,9 +157,9 @@ def baseline(name: str, *, channels: int, preset: str, crop: int, mean, std, see
 # watching a run
 
 
-def snapshots(network: str, kept: list) -> Callable:
-    "A function for `on_step`: copies the weights of the encoder at each of SHARES, without stopping the run."
-    left = list(SHARES)
+def snapshots(network: str, shares: tuple[float, ...], kept: list) -> Callable:
+    "A function for `on_step`: copies the weights of the encoder at each share of the budget, without stopping the run."
+    left = list(shares)
 
     def on_step(encoder, spent: float) -> None:
         if left and spent >= left[0]:
@@ -160,7 +214,7 @@ class Judge:
         return means | flat | {k: round(v, 4) for k, v in collapse.items()} | {"encode_ms": round(cost, 3)}
 
     def retrieve(self, encoder) -> list[float]:
-        "IoU of each class: a bank (k = 5) of the labelled pictures of each device, counts summed over all devices."
+        "IoU of each class: the paper's bank (k = 5) of the labelled pictures of each device, counts summed over all devices."
         from aoi_ssl.metrics import binary_counts
         from aoi_ssl.predict import to_mask
         from aoi_ssl.retrieval import build_bank
@@ -168,7 +222,7 @@ class Judge:
         counts = 0
         for number, bank_images in enumerate(self.banks.values()):
             with warnings.catch_warnings(action="ignore"):
-                bank = build_bank(bank_images, encoder, k=5)
+                bank = build_bank(bank_images, encoder, k=5, method="paper")
             asked = (self.owner == number) & (self.place >= self.labelled)
             found = to_mask(bank.predict(self.images[asked]), bank.thresholds)
             counts = counts + binary_counts(found, self.masks[asked])
@@ -222,7 +276,8 @@ def clock(device: str) -> float:
 
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 # the table
@@ -235,11 +290,11 @@ class Table:
         self.path = path
         self.rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
 
-    def has(self, objective: str, seed: int, count: int) -> bool:
-        return sum(r["objective"] == objective and int(r["seed"]) == seed for r in self.rows) >= count
+    def has(self, run: str, seed: int, count: int) -> bool:
+        return sum(r["run"] == run and int(r["seed"]) == seed for r in self.rows) >= count
 
-    def drop(self, objective: str, seed: int) -> None:
-        self.rows = [r for r in self.rows if not (r["objective"] == objective and int(r["seed"]) == seed)]
+    def drop(self, run: str, seed: int) -> None:
+        self.rows = [r for r in self.rows if not (r["run"] == run and int(r["seed"]) == seed)]
 
     def add(self, row: dict) -> None:
         self.rows.append({k: str(v) for k, v in row.items()})
@@ -257,22 +312,13 @@ def summary(rows: list[dict]) -> str:
     import pandas as pd
 
     frame = pd.DataFrame(rows)
-    names = [n for n in frame if n not in ("objective", "machine", "budget")]
+    names = [n for n in frame if n not in ("run", "machine", "budget")]
     frame[names] = frame[names].apply(pd.to_numeric, errors="coerce")
-    last = frame[frame["share"].isin([0, 1])].groupby("objective", sort=False)
-    shown = [
-        "retrieval",
-        "probe",
-        "steps",
-        "images_per_second",
-        "effective_rank",
-        "feature_std",
-        "information",
-        "encode_ms",
-    ]
-    shown = [name for name in shown if name in frame]
+    last = frame[frame["share"].isin([0, 1])].groupby("run", sort=False)
+    scores, beside = ("retrieval", "probe"), ("steps", "images_per_second", "effective_rank", "feature_std", "information")
+    shown = [name for name in (*scores, *beside, "encode_ms") if name in frame]
     mean, std = last[shown].mean(), last[shown].std()
-    for name in ("retrieval", "probe"):
+    for name in scores:
         mean[name] = [f"{m:.3f} ± {s:.3f}" for m, s in zip(mean[name], std[name], strict=True)]
     return mean.round(3).to_string()
 
@@ -280,48 +326,56 @@ def summary(rows: list[dict]) -> str:
 def run(name: str, learn, seed: int, args, budget: str, kept: list):
     "Train by a recipe; its result."
     dataset, store = learn
+    recipe = RECIPES[name]
+    if recipe.devices is not None:
+        dataset, store = first_devices(dataset, recipe.devices, args.crop)
     common = {
         "encoder": args.encoder,
         "crop": args.crop,
         "batch_size": args.batch_size,
         "budget": budget,
         "crops": store,
-        "on_step": snapshots(RECIPES[name].network, kept),
+        "on_step": snapshots(recipe.network, STUDIES[args.study].shares, kept),
         "progress": False,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        return RECIPES[name].train(dataset, seed=seed, **common, **RECIPES[name].own)
+        return recipe.train(dataset, seed=seed, **common, **recipe.own)
 
 
-def train(name: str, learn, judge: Judge, table: Table, seed: int, args, budget: str) -> None:
-    "One objective, one seed: a row for each of SHARES."
-    recipe, kept = RECIPES[name], []
+def first_devices(dataset, count: int, crop: int) -> tuple:
+    "The images of the first devices, with a store of their own."
+    from aoi_ssl.crops import store_images
+
+    names = list(dataset["device"])
+    chosen = set(sorted(set(names))[:count])
+    few = dataset.select([i for i, name in enumerate(names) if name in chosen])
+    return few, store_images(few, cell=crop)
+
+
+def budget_of(name: str, args) -> str:
+    "What a run may spend: CPU seconds, on a GPU seconds on the wall, or steps."
+    times = RECIPES[name].budget
+    if args.steps:
+        return f"{max(1, round(times * args.steps))} steps"
+    return f"{times * args.seconds} {'cpu ' if args.device == 'cpu' else ''}s"
+
+
+def train(name: str, learn, judge: Judge, table: Table, seed: int, args) -> None:
+    "One run, one seed: a row for each share of the budget."
+    recipe, kept, budget = RECIPES[name], [], budget_of(name, args)
     result = run(name, learn, seed, args, budget, kept)
     network, history = getattr(result.encoder, recipe.network), result.history
     encoders = {name: result.encoder}
-    for other, reading in (recipe.also or {}).items():
+    for other, reading in recipe.also.items():
         encoders[other] = type(result.encoder)(network, mean=result.encoder.mean, std=result.encoder.std, **reading)
     for each in encoders:
         table.drop(each, seed)
-    for share, (spent, weights) in zip(SHARES, kept, strict=True):
+    for share, (spent, weights) in zip(STUDIES[args.study].shares, kept, strict=True):
         network.load_state_dict(weights)
-        part = (
-            history[: max(1, round(share * len(history)))]
-            if args.steps
-            else history[history.seconds <= spent * args.seconds]
-        )
-        part = part if len(part) else history[:1]
-        shared = {
-            "seconds": round(part.seconds.iloc[-1], 2),
-            "steps": len(part),
-            "images_per_second": round(len(part) * args.batch_size / part.seconds.iloc[-1], 1),
-            "loss": round(part.loss.tail(20).mean(), 5),
-        }
-        watched = {f: part[f].dropna() for f in ("teacher_entropy", "information") if f in part}
-        shared |= {f: round(values.iloc[-1], 4) for f, values in watched.items() if len(values)}
+        shared = progress_so_far(history, spent, args, recipe)
         for each, encoder in encoders.items():
-            row = {"objective": each, "seed": seed, "share": share} | shared | judge(encoder)
+            row = {"run": each, "seed": seed, "share": share} | shared | judge(encoder)
             row |= {
                 "parameters": sum(p.numel() for p in network.parameters()),
                 "budget": budget,
@@ -331,7 +385,18 @@ def train(name: str, learn, judge: Judge, table: Table, seed: int, args, budget:
             print("  ".join(f"{k} {row[k]}" for k in SHOWN), flush=True)
 
 
-SHOWN = ("objective", "seed", "share", "steps", "loss", "retrieval", "probe", "effective_rank", "feature_std")
+def progress_so_far(history, spent: float, args, recipe: Recipe) -> dict:
+    "What a run had done, and how it looked, when a share of its budget was spent."
+    done = history.step < round(spent * len(history)) if args.steps else history.seconds <= spent * recipe.budget * args.seconds
+    part = history[done] if done.any() else history[:1]
+    seconds = part.seconds.iloc[-1]
+    figures = {"seconds": round(seconds, 2), "steps": len(part), "images_per_second": round(len(part) * args.batch_size / seconds, 1),
+               "loss": round(part.loss.tail(20).mean(), 5)}  # fmt: skip
+    watched = {f: part[f].dropna() for f in ("teacher_entropy", "information", "collapsed") if f in part}
+    return figures | {f: round(values.iloc[-1], 4) for f, values in watched.items() if len(values)}
+
+
+SHOWN = ("run", "seed", "share", "steps", "loss", "retrieval", "probe", "effective_rank", "feature_std")
 
 
 def machine(device: str) -> str:
@@ -349,8 +414,8 @@ def rendered(args) -> tuple:
 
     name = f"{args.devices}x{args.images}-{args.size}-{args.drift}"
     learn, judge = (
-        args.out / f"learn-{name}",
-        args.out / f"judge-{args.validation_devices}x{args.queries}-{args.size}-{args.drift}",
+        args.work / f"learn-{name}",
+        args.work / f"judge-{args.validation_devices}x{args.queries}-{args.size}-{args.drift}",
     )
     common = {"size": args.size, "drift": args.drift, "workers": args.workers, "devices": 0, "progress": False}
     if not learn.exists():
@@ -361,6 +426,17 @@ def rendered(args) -> tuple:
     return (images, store_images(images, cell=args.crop)), next(iter(load_folder(judge).values()))
 
 
+def baselines(judge: Judge, table: Table, store, args) -> None:
+    "The rows of encoders that are not trained here."
+    for name in filter(None, args.baselines.split(",")):
+        for seed in range(args.seeds if name.startswith("random") else 1):
+            if not table.has(name, seed, 1):
+                given = {"channels": judge.images.shape[1], "preset": args.encoder, "crop": args.crop}
+                encoder = baseline(name, **given, mean=store.mean, std=store.std, seed=seed)
+                row = {"run": name, "seed": seed, "share": 0, "steps": 0, "seconds": 0}
+                table.add(row | judge(encoder) | {"machine": machine(judge.device)})
+
+
 def main() -> None:
     "Run what is not in the table yet, and print it."
     args = options()
@@ -368,45 +444,23 @@ def main() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     import torch
 
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
+    if args.fresh:
+        (args.out / f"{args.study}.csv").unlink(missing_ok=True)
     learn, validation = rendered(args)
-    table, judge = Table(args.out / "objectives.csv"), Judge(validation, labelled=3, device=device)
-    mean, std = learn[1].mean, learn[1].std
-    print(
-        f"{len(learn[0])} images to learn from, {len(validation)} to judge on; {machine(device)}; "
-        f"{time.monotonic() - start:.0f} s",
-        flush=True,
-    )
-    for name in filter(None, args.baselines.split(",")):
-        for seed in range(args.seeds if name.startswith("random") else 1):
-            if not table.has(name, seed, 1):
-                encoder = baseline(
-                    name,
-                    channels=judge.images.shape[1],
-                    preset=args.encoder,
-                    crop=args.crop,
-                    mean=mean,
-                    std=std,
-                    seed=seed,
-                )
-                table.add(
-                    {"objective": name, "seed": seed, "share": 0, "steps": 0}
-                    | judge(encoder)
-                    | {"machine": machine(device)}
-                )
-    budget = f"{args.steps} steps" if args.steps else f"{args.seconds}s"
-    names = [name for name in args.objectives.split(",") if name]
-    if device == "cuda":  # what is compiled and loaded on first use is not part of anybody's budget
+    table, judge = Table(args.out / f"{args.study}.csv"), Judge(validation, labelled=3, device=args.device)
+    print(f"{len(learn[0])} images to learn from, {len(validation)} to judge on; {machine(args.device)}", flush=True)
+    baselines(judge, table, learn[1], args)
+    names = [name for name in args.runs.split(",") if name]
+    if args.device == "cuda":  # what is compiled and loaded on first use is not part of anybody's budget
         for name in names:
             judge(run(name, learn, 0, args, "3 steps", []).encoder)
     for seed in range(args.seeds):
         for name in names:
-            if not table.has(name, seed, len(SHARES)):
-                train(name, learn, judge, table, seed, args, budget)
-    print(f"\n{summary(table.rows)}\n\nAfter {time.monotonic() - start:.0f} s in {table.path}.")
+            if not table.has(name, seed, len(STUDIES[args.study].shares)):
+                train(name, learn, judge, table, seed, args)
+    print(f"\n{summary(table.rows)}\n\nIn {table.path}.")
 
 
 if __name__ == "__main__":
