@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pool', 'image_pool', 'cover_distances', 'greedy_cover', 'suggest_next']
 
-# %% ../nbs/api/17_suggest.ipynb #d913f2e0
+# %% ../nbs/api/17_suggest.ipynb #670359fd
 from typing import NamedTuple
 
 import pandas as pd
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .core import AoiError
 from .encoder import Encoder
-from .features import embed, fit_space, window_places
+from .features import embed, fit_space, window_layout
 from .novelty import named_images
 from .recall import search, to_keys
 from .retrieval import MemoryBank
 
-# %% ../nbs/api/17_suggest.ipynb #b6884c82
+# %% ../nbs/api/17_suggest.ipynb #16745dca
 class Pool(NamedTuple):
     "Images to choose from, as keys."
 
@@ -52,7 +52,7 @@ def image_pool(
         rows = torch.randperm(grid.shape[1] * grid.shape[2], generator=generator)[:patches]
         keys = (to_keys(bank, grid, height, width) if bank else grid).flatten(0, 2)[rows.to(grid.device)]
         near = search(bank, grid, height, width, k=1)[0][rows.to(grid.device), 0] if known else torch.zeros(len(keys))
-        places.append(window_places(height, width, encoder.patch_size, size=size).flatten(0, 1)[rows])
+        places.append(window_layout(height, width, encoder.patch_size, size=size).places.flatten(0, 1)[rows])
         for part, value in zip(pool, (row, name, device, keys, (1 - near).clamp(min=0)), strict=True):
             part.append(value)
     return pool if bank or not pool.names else pool._replace(keys=_own_space(pool.keys, places))
@@ -65,7 +65,7 @@ def _own_space(grids: list[Tensor], places: list[Tensor]) -> list[Tensor]:
     space = fit_space(x[::step].cpu(), where[::step], whiten=64).to(x.device)
     return [space(part, place.to(part)) for part, place in zip(grids, places, strict=True)]
 
-# %% ../nbs/api/17_suggest.ipynb #15fa4fba
+# %% ../nbs/api/17_suggest.ipynb #359f4135
 def cover_distances(
     pool: Pool,  # of M images
     *,
@@ -93,7 +93,7 @@ def greedy_cover(
         known, left[best] = torch.minimum(known, distances[best]), torch.inf
     return found
 
-# %% ../nbs/api/17_suggest.ipynb #98b704cb
+# %% ../nbs/api/17_suggest.ipynb #ca59b2bb
 def suggest_next(
     images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
     n: int = 1,  # images to label
