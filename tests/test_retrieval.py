@@ -23,7 +23,7 @@ from aoi_ssl.patches import guided_filter, patchify_mask, rim_weights, unpatchif
 from aoi_ssl.predict import Segmenter, predict_image
 from aoi_ssl.recall import attention_weights, bank_index, patch_masks, similarity_weights, to_keys
 from aoi_ssl.recall import search as search_bank
-from aoi_ssl.remember import Recipe, estimate_bank, learn_space, remember_image, turned
+from aoi_ssl.remember import Recipe, estimate_bank, learn_space, make_recipe, remember_image, turned
 from aoi_ssl.retrieval import MemoryBank, build_bank
 from aoi_ssl.search import ExactIndex, IVFIndex, MaskRows, aggregate, pack_bits, top_k, unpack_bits
 
@@ -690,7 +690,8 @@ def test_a_large_bank_is_searched_by_lists(dataset, pixels, lists, tmp_path):
     told = table[bank.classes].mul(table["weight"], axis=0).sum()
     assert np.allclose(told, bank.predict(image)[0, :, 20, 30], atol=1e-4)
     bank.remove(stem=bank.images[0]["stem"])
-    parts = bank.subset(stem=[record["stem"] for record in bank.images[:2]]).merge(bank.subset(stem=[r["stem"] for r in bank.images[2:]]))
+    stems = [record["stem"] for record in bank.images]
+    parts = bank.subset(stem=stems[:2]).merge(bank.subset(stem=stems[2:]))
     for made in (bank, parts):
         found = bank_index(made).search(made.keys[[0, 99, -1]].float(), 1)[1].flatten()
         assert torch.allclose(made.keys[found].float(), made.keys[[0, 99, -1]].float())
@@ -711,6 +712,56 @@ def test_masks_are_not_stored_twice(dataset, pixels):
     assert len(whole.known) == 5 * 12 and len(whole.known.table) == 5 * 4
     moved = whole.to("cpu").values
     assert isinstance(moved, MaskRows) and moved.equal(whole.values)
+
+
+@pytest.fixture
+def stripes(tmp_path, pixels):
+    "Four images: two of a device with stripes across and wires on the bright ones, two with stripes down and no wire; and a query of each."
+    rng, images = np.random.default_rng(0), []
+    bright = (torch.arange(64) // 3 % 2 == 0).expand(64, 64)
+    for down in (False, False, False, True, True, True):
+        picture = (bright if down else bright.T).float() * 0.6 + 0.2 + torch.from_numpy(rng.normal(0, 0.02, (2, 64, 64))).float()
+        images.append((picture, torch.stack([bright.T & ~torch.tensor(down), bright & torch.tensor(down)])))
+    made = []
+    for device, numbers in (("across", (0, 1)), ("down", (3, 4))):
+        for n in numbers:
+            rows = remember_image({"image": images[n][0], "mask": images[n][1], "ignore": None}, pixels, number=len(made))
+            made.append((rows, {"stem": f"im{n}", "device": device, "height": 64, "width": 64, "classes": ["wire"]}))
+    tensors = {name: torch.cat([rows[name] for rows, _ in made]) for name in made[0][0]}
+    return MemoryBank(pixels, CLASSES, tensors, [record for _, record in made], k=3), images[2], images[5]
+
+
+def test_a_route_asks_the_device_that_the_image_is_like(stripes):
+    bank, across, down = stripes
+    assert [next(iter(bank.like_devices(image))) for image, _ in (across, down)] == ["across", "down"]
+    routed = bank.using(routes=1)
+    images = torch.stack([across[0], down[0]])
+    alone = {device: bank.subset(device=device, calibrate=False) for device in ("across", "down")}
+    for image, device, found in zip(images, alone, routed.predict(images), strict=True):
+        assert found.equal(alone[device].predict(image[None])[0])
+        assert set(routed.neighbours(image, 20, 20, k=40)["device"]) == set(routed.explain(image, 20, 20)["device"]) == {device}
+        table = routed.explain(image, 21, 30)
+        told = table[bank.classes].mul(table["weight"], axis=0).sum()
+        assert np.allclose(told, found[:, 21, 30], atol=1e-5)
+    assert set(bank.neighbours(images[0], 20, 20, k=40)["device"]) == {"across", "down"}
+    assert bank.using(routes=2).predict(images).equal(bank.predict(images)) and bank.using(routes=9).predict(images).equal(bank.predict(images))
+
+
+def test_a_route_knows_images_that_came_later(stripes):
+    bank, across, down = stripes
+    small = bank.subset(device="across", calibrate=False).using(routes=1)
+    assert [*small.like_devices(down[0])] == ["across"]
+    grown = small.merge(bank.subset(device="down", calibrate=False), calibrate=False)
+    assert grown.recipe.routes == 1 and next(iter(grown.like_devices(down[0]))) == "down"
+    assert grown.predict(down[0][None]).equal(bank.using(routes=1).predict(down[0][None]))
+
+
+def test_routes_need_patches_that_vote(bank):
+    for wrong, message in (({"routes": -1}, "routes is -1"), ({"routes": 1, "decoder": "ridge"}, "routes is 1 with granularity='patch'")):
+        with pytest.raises(AoiError, match=message):
+            bank.using(**wrong)
+    with pytest.raises(AoiError, match="granularity='image'"):
+        make_recipe("paper", granularity="image", routes=1)
 
 
 def test_between_and_beyond_16_grids_only_edges_are_remembered(tmp_path, pixels):
