@@ -8,6 +8,7 @@ asked, random resized crops, and a DataLoader. Model, optimiser, batch and preci
 import argparse
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -235,11 +236,12 @@ def main() -> None:
     folder = rendered(args.work)
     if args.render_only:
         return
+    about = {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "load_before": round(os.getloadavg()[0], 2)}
     rows = [inside("row", name, folder, args.steps) for name in ROWS]
     table = pd.DataFrame(rows)
     check = inside("bf16_check", folder, args.check_steps)
     args.out.mkdir(parents=True, exist_ok=True)
-    about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "crop": CROP, "batch": BATCH, "steps": args.steps}
+    about |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "crop": CROP, "batch": BATCH, "steps": args.steps}
     (args.out / "bench.json").write_text(json.dumps({"about": about, "rows": rows, "bf16": check}, indent=1) + "\n")
     table.to_csv(args.out / "bench.csv", index=False)
     print(table.to_string(index=False), about, check, sep="\n")
