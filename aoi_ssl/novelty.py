@@ -7,7 +7,7 @@ __all__ = ['SCORES', 'novelty_map', 'held_out_novelty', 'nearer_with_all', 'imag
            'bank_state', 'calibrate_novelty', 'named_images', 'judge_map', 'judge_images', 'load_novelty',
            'paste_defect']
 
-# %% ../nbs/api/16_novelty.ipynb #c28d0b64
+# %% ../nbs/api/16_novelty.ipynb #f20e8cc3
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from .patches import box_mean
 from .recall import lay_rows, search
 from .retrieval import MemoryBank
 
-# %% ../nbs/api/16_novelty.ipynb #c8416250
+# %% ../nbs/api/16_novelty.ipynb #0e151c30
 @torch.no_grad()
 def novelty_map(
     bank: MemoryBank,  # the bank
@@ -48,7 +48,7 @@ def novelty_map(
             total += lay_rows(bank, numbers, grid.shape[:3], height, width, corner)[0, 0]
     return sums[0] / sums[1]
 
-# %% ../nbs/api/16_novelty.ipynb #5267f080
+# %% ../nbs/api/16_novelty.ipynb #0f40235f
 def held_out_novelty(
     bank: MemoryBank,  # of two images or more
     *,
@@ -80,7 +80,7 @@ def _looked_at(bank: MemoryBank, most: int, seed: int) -> list[int]:
     "Numbers of some images of a bank."
     return torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(seed))[:most].sort().values.tolist()
 
-# %% ../nbs/api/16_novelty.ipynb #2155bc0a
+# %% ../nbs/api/16_novelty.ipynb #6bbb534a
 def nearer_with_all(
     bank: MemoryBank,  # of three images or more; with two it cannot be told
     *,
@@ -100,7 +100,7 @@ def nearer_with_all(
     power = math.log(max(sums[1], 1e-9) / max(sums[0], 1e-9)) / math.log((count - 1) / (count - 2))
     return ((count - 1) / count) ** max(power, 0.0)
 
-# %% ../nbs/api/16_novelty.ipynb #e5985192
+# %% ../nbs/api/16_novelty.ipynb #8c3b334e
 SCORES = ("whole", "spot")
 
 
@@ -114,7 +114,7 @@ def image_scores(
     y, x = divmod(int(box_mean(flat, round(area**0.5) // 2).argmax()), flat.shape[1])
     return {"whole": flat.mean().item(), "spot": flat.flatten().topk(min(area, flat.numel())).values[-1].item(), "y": y, "x": x}
 
-# %% ../nbs/api/16_novelty.ipynb #0ab3f512
+# %% ../nbs/api/16_novelty.ipynb #6e34a8bf
 def prediction_limit(
     scores: Sequence[float],  # of n good images, above 0; two at least
     rate: float,  # of false alarms, 0 .. 1
@@ -124,7 +124,7 @@ def prediction_limit(
     n = len(logs)
     return float(np.exp(logs.mean() + stats.t.ppf(1 - rate, n - 1) * logs.std(ddof=1) * (1 + 1 / n) ** 0.5))
 
-# %% ../nbs/api/16_novelty.ipynb #3b4d30a2
+# %% ../nbs/api/16_novelty.ipynb #d0149339
 @dataclass
 class Novelty:
     "What is new to a bank; call it with an image."
@@ -173,7 +173,7 @@ class Novelty:
 
 _SAVED = ("limits", "pixel_rate", "image_rate", "scores")
 
-# %% ../nbs/api/16_novelty.ipynb #363783c2
+# %% ../nbs/api/16_novelty.ipynb #c310ab59
 def bank_state(
     bank: MemoryBank,  # the bank
     *,
@@ -183,7 +183,7 @@ def bank_state(
     found = {"stems": [record["stem"] for record in bank.images], "patches": len(bank.y)}
     return found | ({"encoder": bank.encoder.fingerprint(), "space": bank.space.fingerprint()} if whole else {})
 
-# %% ../nbs/api/16_novelty.ipynb #a6e989ce
+# %% ../nbs/api/16_novelty.ipynb #f5cebffb
 def calibrate_novelty(
     bank: MemoryBank,  # its `novelty` is set
     images: object = None,  # good ones that the bank lacks, labelled or not, as for `named_images`; None: cross-validation by image
@@ -215,7 +215,7 @@ def calibrate_novelty(
     bank.novelty = Novelty(bank, limits, pixel_rate, image_rate, scores, state)
     return bank.novelty
 
-# %% ../nbs/api/16_novelty.ipynb #74d668db
+# %% ../nbs/api/16_novelty.ipynb #18ab3806
 def named_images(
     images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
     *,
@@ -236,7 +236,7 @@ def named_images(
         else:
             yield name, "unknown", torch.as_tensor(pairs[i][1])
 
-# %% ../nbs/api/16_novelty.ipynb #77cf3391
+# %% ../nbs/api/16_novelty.ipynb #70e7a8e3
 def judge_map(
     novelty: Novelty,  # of a bank
     found: Tensor,  # (H, W), what `novelty(image)` gave
@@ -257,7 +257,7 @@ def judge_images(
     "Compare images with the limits of a bank."
     return pd.DataFrame([{"stem": stem} | judge_map(novelty, novelty(image)) for stem, _, image in named_images(images)])
 
-# %% ../nbs/api/16_novelty.ipynb #0de0fd42
+# %% ../nbs/api/16_novelty.ipynb #458d4deb
 def load_novelty(
     path: str | Path,  # written by `Novelty.save`
     bank: MemoryBank,  # the one that it came from; its `novelty` is set
@@ -272,7 +272,7 @@ def load_novelty(
     bank.novelty = Novelty(bank, **{name: kept[name] for name in _SAVED}, state=bank_state(bank))
     return bank.novelty
 
-# %% ../nbs/api/16_novelty.ipynb #86d10c1c
+# %% ../nbs/api/16_novelty.ipynb #26ef65f3
 def _scratch(shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     "How much of each pixel a slightly bent line of 2 pixels covers, and its grey under two lights."
     angle, length, bend = rng.uniform(0, np.pi), rng.uniform(0.12, 0.28) * min(shape), rng.uniform(-0.15, 0.15)
@@ -297,17 +297,16 @@ def _blob(shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray,
 
 def _missing(image: np.ndarray, mask: np.ndarray, wire: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     "The image without one of its wires, and where that was."
-    others = np.delete(mask, wire, 0).any(0)
-    parts, count = ndimage.label(mask[wire] & ~others)
+    parts, count = ndimage.label(mask[wire])
     if not count:
         raise AoiError("The mask shows no wire that could be missing; one at least was expected. Take another image or kind.")
     sizes = ndimage.sum_labels(parts > 0, parts, np.arange(1, count + 1))
-    gone = ndimage.binary_dilation(parts == 1 + rng.choice(np.flatnonzero(sizes >= sizes.max() / 2)), iterations=3) & ~others
+    gone = ndimage.binary_dilation(parts == 1 + rng.choice(np.flatnonzero(sizes >= np.median(sizes))), iterations=3)
     near = ndimage.distance_transform_edt(gone | mask[wire], return_distances=False, return_indices=True)
     ground = np.stack([ndimage.gaussian_filter(plane[tuple(near)], 2) for plane in image]) + rng.normal(0, 0.01, image.shape)
     return np.where(gone, ground, image), gone
 
-# %% ../nbs/api/16_novelty.ipynb #28ae684a
+# %% ../nbs/api/16_novelty.ipynb #c65ffc9d
 def paste_defect(
     image: Tensor,  # (C, H, W) in [0, 1]
     kind: str,  # "scratch", "blob" or "missing"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pool', 'image_pool', 'cover_distances', 'greedy_cover', 'suggest_next']
 
-# %% ../nbs/api/17_suggest.ipynb #670359fd
+# %% ../nbs/api/17_suggest.ipynb #492dc075
 from typing import NamedTuple
 
 import pandas as pd
@@ -19,7 +19,7 @@ from .novelty import named_images
 from .recall import search, to_keys
 from .retrieval import MemoryBank
 
-# %% ../nbs/api/17_suggest.ipynb #16745dca
+# %% ../nbs/api/17_suggest.ipynb #59f0ab2e
 class Pool(NamedTuple):
     "Images to choose from, as keys."
 
@@ -65,7 +65,7 @@ def _own_space(grids: list[Tensor], places: list[Tensor]) -> list[Tensor]:
     space = fit_space(x[::step].cpu(), where[::step], whiten=64).to(x.device)
     return [space(part, place.to(part)) for part, place in zip(grids, places, strict=True)]
 
-# %% ../nbs/api/17_suggest.ipynb #359f4135
+# %% ../nbs/api/17_suggest.ipynb #8fb4f755
 def cover_distances(
     pool: Pool,  # of M images
     *,
@@ -93,7 +93,7 @@ def greedy_cover(
         known, left[best] = torch.minimum(known, distances[best]), torch.inf
     return found
 
-# %% ../nbs/api/17_suggest.ipynb #ca59b2bb
+# %% ../nbs/api/17_suggest.ipynb #1d8771b4
 def suggest_next(
     images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
     n: int = 1,  # images to label
@@ -126,4 +126,5 @@ def _reason(before: list, helped: int, nothing: bool) -> str:
     if nothing and not before:
         return "most typical of all"
     what = "unlike those above" if before else "unlike the bank"
-    return f"{what}, and {helped} others are like it" if helped else f"{what}, and like no other"
+    others = "another is" if helped == 1 else f"{helped} others are"
+    return f"{what}, and {others} like it" if helped else f"{what}, and like no other"

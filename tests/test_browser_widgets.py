@@ -402,7 +402,7 @@ records = [{"stem": f"d003_{n}", "device": "d003", "height": 512, "width": 512, 
 bank = MemoryBank(encoder, CLASSES, {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, records)
 other, _ = small_bank([3])
 calibrate_novelty(bank)
-made, where = paste_defect(image, "blob", seed=4)
+made, where = paste_defect(image, "blob", seed=7)
 handle = inspect(made, {"calibrated": bank, "not": other})
 handle
 """

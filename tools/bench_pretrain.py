@@ -148,7 +148,8 @@ def decode_each(store, dataset) -> None:
     import torch
 
     from aoi_ssl.crops import crop_places
-    from aoi_ssl.data import native_item, to_unit
+    from aoi_ssl.data import native_item
+    from aoi_ssl.files import to_unit
 
     def batch(step, batch_size, *, size, part=slice(None)):
         found = []
