@@ -54,7 +54,7 @@ experiments: install-dev  ## execute the pages of experiments from kept counts; 
 	@cd nbs/experiments && for page in *.ipynb; do $(abspath $(VENV))/bin/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.timeout=-1 "$$page" || exit 1; done
 
-bench-retrieval: install-dev  ## what a large bank costs, and a figure; ARGS="--encoder folder" for other keys than raw pixels
+bench-retrieval: install-dev  ## what a large bank costs: JSON, table and figure; ARGS="--encoder folder" for other keys than the shipped encoder's
 	@$(VENV)/bin/python tools/bench_retrieval.py $(ARGS)
 
 install:  ## make .venv and install aoi_ssl in it

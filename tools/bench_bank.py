@@ -19,7 +19,6 @@ from aoi_ssl.predict import evaluate
 from aoi_ssl.retrieval import MemoryBank, build_bank
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ROOT / "aoi_ssl" / "shipped" / "aoi-mae-small"
 RESULTS = ROOT / "nbs" / "experiments" / "results" / "bench_retrieval"
 
 
@@ -115,7 +114,7 @@ def main() -> None:
     "Measure, print, write."
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("routing", "lists", "add"))
-    parser.add_argument("--encoder", type=Path, default=SHIPPED, help="folder of a saved encoder")
+    parser.add_argument("--encoder", default="aoi-mae-small", help="folder of a saved encoder, or the name of one that ships")
     parser.add_argument("--pictures", type=Path, default=ROOT / "build" / "arena", help="where the rendered pictures are kept")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")

@@ -1,10 +1,11 @@
 """What a large bank costs: seconds, bytes, recall and mIoU of ways to search it, against the plain method, in one run.
 
 The plain method keeps keys and masks as float32, multiplies all queries with all keys, takes `topk`, gathers and sums.
-Keys are embeddings of rendered images at 16 shifts of a quarter patch (16,384 keys an image) by the shipped encoder, made once and
-kept in build/bench_retrieval: as they are for the plain method, in the feature space of the default recipe for the others. Queries are
-other images of the same devices; thresholds are chosen on one image a device, mIoU is measured on two others. Seconds are
-processor seconds of one thread, so that a busy machine does not matter much; the shortest of up to five runs counts."""
+Keys are embeddings of rendered images at 16 shifts of a quarter patch (16,384 keys an image) by the shipped encoder: as they are for
+the plain method, in the feature space of the default recipe for the others. They are made once and kept in build/bench_retrieval, like
+each table, so that a run which was broken off goes on. Queries are other images of the same devices; thresholds are chosen on one
+image a device, mIoU is measured on two others. Seconds are processor seconds of one thread, so that a busy machine does not matter
+much; the shortest of up to five runs counts."""
 
 import argparse
 import importlib.util
@@ -24,9 +25,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aoi_ssl.core import write_json
+from aoi_ssl.core import atomic_path, write_json
 from aoi_ssl.encoder import Encoder, PixelEncoder
-from aoi_ssl.features import FeatureSpace, drift_light, fit_space, with_layers
+from aoi_ssl.features import FeatureSpace, drift_light, fit_space, restore_space, with_layers
 from aoi_ssl.metrics import best_thresholds, threshold_counts
 from aoi_ssl.patches import patchify_mask
 from aoi_ssl.remember import METHODS
@@ -47,7 +48,6 @@ matplotlib.use("agg")
 
 ROOT = Path(__file__).resolve().parent.parent
 P, COUNT, K = 16, len(CLASSES) * 16 * 16, 5  # patch size; flags of a mask; neighbours that vote
-SHIPPED = ROOT / "aoi_ssl" / "shipped" / "aoi-mae-small"
 OUT = ROOT / "nbs" / "experiments" / "results" / "bench_retrieval" / "bench_retrieval.json"
 KEYS = 400_000  # of the bank that the goals are about
 SHIFTS = [(y, x) for y in range(0, P, 4) for x in range(0, P, 4)]
@@ -86,28 +86,37 @@ def learn(encoder: Encoder, size: int) -> FeatureSpace:
     return fit_space(seen(lambda image: image), where, whiten=size, shrink=1.0, drifted=drifted)
 
 
+def kept_tensors(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    "Tensors that are made once; delete the file to make them anew."
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as aside:
+            save_file(make(), aside)
+    return load_file(file)
+
+
 def make_keys(encoder: Encoder, images: int, size: int, cache: Path) -> dict[str, Tensor]:
-    "Raw embeddings of the first KEYS, whitened keys and masks of all, and queries with their masks; kept in a file."
-    file = cache / f"{encoder.fingerprint()}-{images}-{size}.safetensors"
-    if file.exists():
-        return load_file(file)
-    encoder, start, first = with_layers(encoder, METHODS["aligned"].layers), time.perf_counter(), DEVICES * EACH
-    space, raw, whitened, masks = learn(encoder, size), [], [], []
+    "Raw embeddings of the first KEYS, keys and masks of all, queries with their masks; each image is kept in a file."
+    home, first = cache / f"{encoder.fingerprint()}-{size}", DEVICES * EACH
+    encoder = with_layers(encoder, METHODS["aligned"].layers)
+    state = kept_tensors(home / "space.safetensors", lambda: learn(encoder, size).state_dict())
+    space = restore_space([{"kind": "steady"}], state)
+
+    def tensors(device: int, number: int, shifts: list[tuple[int, int]], raw: bool) -> dict[str, Tensor]:
+        grids, masks = encode(encoder, device, number, shifts)
+        return {"keys": space(centred(grids), None).half(), "masks": masks} | ({"raw": grids.flatten(0, 1).half()} if raw else {})
+
+    parts, start = [], time.perf_counter()
     for i in range(images):
-        grids, packed_masks = encode(encoder, *((i % DEVICES, i // DEVICES) if i < first else (i // EACH, i % EACH)), SHIFTS)
-        raw += [grids.flatten(0, 1).half()] if i < first else []
-        whitened.append(space(centred(grids), None).half())
-        masks.append(packed_masks)
+        where = (i % DEVICES, i // DEVICES) if i < first else (i // EACH, i % EACH)
+        parts.append(kept_tensors(home / f"image{i:03}.safetensors", lambda where=where, i=i: tensors(*where, SHIFTS, i < first)))
         print(f"\rimage {i + 1} of {images}, {time.perf_counter() - start:.0f} s", end="", flush=True)
     print()
-    made = {"raw": torch.cat(raw)[:KEYS].clone(), "whitened": torch.cat(whitened), "masks": torch.cat(masks)}
-    asked = [encode(encoder, device, EACH + i, [(8, 8)]) for i in range(3) for device in range(DEVICES)]
-    made["queries"] = torch.cat([grids.flatten(0, 1) for grids, _ in asked])
-    made["asked"] = torch.cat([space(centred(grids), None) for grids, _ in asked])
-    made["truth"] = torch.cat([packed_masks for _, packed_masks in asked])
-    cache.mkdir(parents=True, exist_ok=True)
-    save_file(made, file)
-    return made
+    asked = [(device, EACH + i) for i in range(3) for device in range(DEVICES)]
+    queries = [kept_tensors(home / f"query{d}-{n}.safetensors", lambda d=d, n=n: tensors(d, n, [(8, 8)], True)) for d, n in asked]
+    made = {"raw": torch.cat([part["raw"] for part in parts[:first]])[:KEYS]}
+    made |= {name: torch.cat([part[name] for part in parts]) for name in ("keys", "masks")}
+    return made | {f"asked {name}": torch.cat([part[name] for part in queries]) for name in ("raw", "keys", "masks")}
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
@@ -227,9 +236,9 @@ def bits(packed_masks: Tensor) -> Tensor:
 
 def methods(data: dict[str, Tensor]) -> list[dict]:
     "The plain method and its rivals at KEYS keys."
-    raw, masks, truth = data["raw"], data["masks"][: len(data["raw"])], bits(data["truth"])
-    rows = [judge("plain: float32, exact", plain(raw, masks), F.normalize(data["queries"], dim=1), truth)]
-    keys, queries = data["whitened"][: len(raw)].float(), data["asked"]
+    raw, masks, truth = data["raw"], data["masks"][: len(data["raw"])], bits(data["asked masks"])
+    rows = [judge("plain: float32, exact", plain(raw, masks), F.normalize(data["asked raw"].float(), dim=1), truth)]
+    keys, queries = data["keys"][: len(raw)].float(), data["asked keys"].float()
     options = {"queries": queries, "truth": truth, "recall": recall_of(queries, keys)}
     kinds = {"exact": ExactIndex, "lists": IVFIndex}
     for name, dtype in (("exact", "float32"), ("lists", "float16"), ("exact", "int8"), ("lists", "int8")):
@@ -283,10 +292,10 @@ def coresets(keys: Tensor, masks: Tensor, queries: Tensor, truth: Tensor) -> lis
 
 def curve(data: dict[str, Tensor]) -> list[dict]:
     "Seconds, bytes and recall by size."
-    rows, queries = [], data["asked"][-1024:]
-    total = len(data["whitened"])
+    rows, queries = [], data["asked keys"].float()[-1024:]
+    total = len(data["keys"])
     for n in [n for n in (10_000, 25_000, 65_536, 100_000, 200_000, 400_000, 800_000, 1_600_000) if n <= total]:
-        keys = data["whitened"][:n].float()
+        keys = data["keys"][:n].float()
         recall = recall_of(queries, keys)
         index, masks = ExactIndex(keys), MaskRows.of(data["masks"][:n]).nbytes
         row = {"keys": n, "exact_s": seconds(index.search, queries, K), "exact_bytes": index.nbytes + masks}
@@ -294,7 +303,7 @@ def curve(data: dict[str, Tensor]) -> list[dict]:
         row |= {"lists_s": seconds(index.search, queries, K), "recall": recall(index.search(queries, K)[1])}
         row |= {"lists_bytes": index.nbytes + masks, "plain_bytes": n * 4 * (data["raw"].shape[1] + COUNT)}
         if n <= KEYS:
-            method, asked = plain(data["raw"][:n], data["masks"][:n]), F.normalize(data["queries"][-1024:], dim=1)
+            method, asked = plain(data["raw"][:n], data["masks"][:n]), F.normalize(data["asked raw"][-1024:].float(), dim=1)
             row["plain_s"] = seconds(method.search, asked)
             method = None
         rows.append(row)
@@ -314,6 +323,13 @@ def verdicts(rows: list[dict]) -> list[dict]:
     }
     return [{"goal": name, "figure": figure, "bound": bound, "kept": figure >= bound if above else figure <= bound}
             for name, (figure, bound, above) in figures.items()]
+
+
+def kept_rows(file: Path, make: Callable[[], list[dict]]) -> list[dict]:
+    "A table that is measured once, so that a run which was broken off goes on; delete the file to measure it anew."
+    if not file.exists():
+        write_json(file, make())
+    return json.loads(file.read_text())
 
 
 def draw(result: dict, file: Path) -> None:
@@ -351,7 +367,7 @@ def draw(result: dict, file: Path) -> None:
 def main() -> None:
     "Measure, print, write."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", type=Path, default=SHIPPED, help="folder of a saved encoder; none: the one that ships")
+    parser.add_argument("--encoder", default="aoi-mae-small", help="folder of a saved encoder, or the name of one that ships")
     parser.add_argument("--images", type=int, default=100, help="in the largest bank; 25 for the goals alone, 100 for 1.6 million keys")
     parser.add_argument("--out", type=Path, default=OUT, help="the JSON; figure and table go beside it")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "bench_retrieval", help="where keys are kept")
@@ -370,25 +386,23 @@ def main() -> None:
     start = time.perf_counter()
     with torch.inference_mode():
         data = make_keys(encoder, args.images, args.size, args.cache)
-        made = time.perf_counter() - start
-        rows = methods(data)
-        keys = data["whitened"][: len(data["raw"])].float()
-        judged = (keys, data["masks"][: len(keys)], data["asked"], bits(data["truth"]))
-        result = {"methods": rows, "goals": verdicts(rows), "reach": reaches(*judged), "coreset": coresets(*judged)}
-        del keys, judged
-        result["recall"] = recalls({args.encoder.name: encoder, "raw pixels": PixelEncoder(channels=2, patch_size=P)}, args.size)
-        result["curve"] = curve(data)
+        few = lambda: (data["keys"][:KEYS].float(), data["masks"][:KEYS], data["asked keys"].float(), bits(data["asked masks"]))
+        both = {Path(args.encoder).name: encoder, "raw pixels": PixelEncoder(channels=2, patch_size=P)}
+        stages = {"methods": lambda: methods(data), "curve": lambda: curve(data), "recall": lambda: recalls(both, args.size),
+                  "reach": lambda: reaches(*few()), "coreset": lambda: coresets(*few())}
+        result = {name: kept_rows(args.cache / f"{name}-{args.images}.json", make) for name, make in stages.items()}
+    rows, result["goals"] = result["methods"], verdicts(result["methods"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    about = {"encoder": args.encoder.name, "fingerprint": encoder.fingerprint(), "dimensions": encoder.dim, "size": args.size, "k": K}
+    about = {"encoder": Path(args.encoder).name, "fingerprint": encoder.fingerprint(), "dimensions": encoder.dim, "size": args.size, "k": K}
     about |= {"threads": args.threads, "torch": torch.__version__}
-    result = {**about, "keys_s": made, "total_s": time.perf_counter() - start, "peak_gib": peak, **result}
+    result = {**about, "peak_gib": peak, **result}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
     draw(result, figure)
     pd.DataFrame(rows).to_csv(args.out.with_suffix(".csv"), index=False, float_format="%.6g")
     for goal in result["goals"]:
         print(f"{goal['goal']:44} {goal['figure']:8.3f}  bound {goal['bound']:6}  {'kept' if goal['kept'] else 'NOT KEPT'}")
-    print(f"{result['total_s']:.0f} s, at most {peak:.1f} GiB. Written to {args.out} and {figure}.")
+    print(f"{time.perf_counter() - start:.0f} s, at most {peak:.1f} GiB. Written to {args.out} and {figure}.")
 
 
 if __name__ == "__main__":
