@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['shift_offsets', 'grid_corner', 'grid_windows', 'embed', 'between_grids', 'WindowLayout', 'window_layout', 'recentre',
-           'with_layers', 'layer_count', 'Step', 'Balance', 'Centre', 'Whiten', 'Steady', 'cosine_basis', 'Unplace',
-           'Place', 'FeatureSpace', 'restore_space', 'fit_space', 'grid_keys', 'sample_embeddings', 'drift_light',
-           'sample_drifted']
+           'with_layers', 'layer_count', 'has_fast_bfloat16', 'in_bfloat16', 'Step', 'Balance', 'Centre', 'Whiten',
+           'Steady', 'cosine_basis', 'Unplace', 'Place', 'FeatureSpace', 'restore_space', 'fit_space', 'grid_keys',
+           'sample_embeddings', 'drift_light', 'sample_drifted']
 
 # %% ../nbs/api/12_features.ipynb #8624ab6b
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -181,6 +182,28 @@ def layer_count(
 ) -> int:  # parts of equal length that its embeddings have
     "How many blocks' outputs an embedding is made of."
     return len(encoder.layers) if isinstance(encoder, ViTEncoder) else 1
+
+# %% ../nbs/api/12_features.ipynb #d5664804
+def has_fast_bfloat16() -> bool:
+    "Whether this processor has matrix instructions for bfloat16."
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def in_bfloat16(
+    encoder: Encoder,  # whatever its kind
+) -> Encoder:  # the same weights
+    "A ViT that multiplies in bfloat16, if it is on a processor that is quick at it; any other encoder as it is."
+    if not (isinstance(encoder, ViTEncoder) and encoder.mean.device.type == "cpu" and has_fast_bfloat16()):
+        return encoder
+    made = copy(encoder)
+    made.embed = partial(_embed_in_bfloat16, made)
+    return made
+
+
+def _embed_in_bfloat16(encoder: ViTEncoder, pixels: Tensor) -> Tensor:
+    "As `ViTEncoder.embed`."
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.device.type == "cpu"):
+        return ViTEncoder.embed(encoder, pixels).float()
 
 # %% ../nbs/api/12_features.ipynb #640d4139
 class Step(nn.Module):

@@ -24,11 +24,11 @@ from .crossval import calibrate_bank
 from .data import class_names
 from .encoder import Encoder, check_images
 from .explain import explain_pixel, find_neighbours, key_frame
-from .features import FeatureSpace, embed, restore_space, with_layers
+from .features import FeatureSpace, embed, restore_space
 from .predict import Segmenter, judged_rows
 from .recall import bank_index, fit_regression, like_devices, mask_length, patch_masks, predict_bank, to_keys
 from .remember import METHODS, RECALL_OPTIONS, Recipe, check_numbers, check_recipe, join_rows, learn_space, make_recipe, recipe_name
-from .remember import remember
+from .remember import remember, seeing
 from .search import IVFIndex, MaskRows, load_index, pack_bits, unpack_bits
 
 # %% ../nbs/api/15_retrieval.ipynb #297feae5
@@ -59,7 +59,7 @@ class MemoryBank(Segmenter):
         check_recipe(recipe)
         check_numbers(k=k, beta=beta, mix=mix)
         super().__init__(classes, encoder.channels)
-        self.encoder, self.space = with_layers(encoder, recipe.layers), FeatureSpace() if space is None else space
+        self.encoder, self.space = seeing(encoder, recipe), FeatureSpace() if space is None else space
         self.recipe, self.k, self.beta, self.mix, self.size = recipe, k, beta, mix, size
         tensors = join_rows({}, tensors)
         _check_contents(self, tensors, images)
@@ -231,8 +231,7 @@ def build_bank(
         raise AoiError(f"size is {size}; a multiple of the patch size {encoder.patch_size} was expected. Try 512.")
     if space is None and len(dataset):
         space = learn_space(dataset, encoder, method=recipe, size=size, seed=seed)
-    seeing = with_layers(encoder, recipe.layers)
-    contents = remember(dataset, seeing, recipe=recipe, space=space, size=size, progress=progress)
+    contents = remember(dataset, seeing(encoder, recipe), recipe=recipe, space=space, size=size, progress=progress)
     bank = MemoryBank(encoder, class_names(dataset), *contents, recipe=recipe, space=space, size=size, **numbers)
     fit_regression(bank)
     if calibrate:
