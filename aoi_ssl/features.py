@@ -183,8 +183,8 @@ def layer_count(
     "How many blocks' outputs an embedding is made of."
     return len(encoder.layers) if isinstance(encoder, ViTEncoder) else 1
 
-# %% ../nbs/api/12_features.ipynb #d5664804
-def has_fast_bfloat16() -> bool:
+# %% ../nbs/api/12_features.ipynb #7c5f0014
+def has_fast_bfloat16() -> bool:  # of the processor, not of a GPU
     "Whether this processor has matrix instructions for bfloat16."
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['similarity_weights', 'attention_weights', 'distance_weights', 'Bank', 'to_keys', 'bank_index', 'device_index',
-           'search_keys', 'search', 'patch_table', 'image_moments', 'bank_moments_by_image', 'like_devices', 'route',
-           'neighbour_weights', 'recall', 'mask_length', 'lay_rows', 'patch_masks', 'voices', 'shared', 'predict_bank',
-           'regress', 'bank_moments', 'fold_moments', 'fit_regression']
+           'search_keys', 'search', 'patch_table', 'image_moments', 'bank_moments_by_image', 'like_devices',
+           'image_likeness', 'route', 'neighbour_weights', 'recall', 'mask_length', 'lay_rows', 'patch_masks', 'voices',
+           'shared', 'predict_bank', 'regress', 'bank_moments', 'fold_moments', 'fit_regression']
 
 # %% ../nbs/api/13_recall.ipynb #7df918aa
 from collections.abc import Mapping, Sequence
@@ -192,6 +192,15 @@ def like_devices(
     for record, cosine in zip(bank.images, (bank_moments_by_image(bank) @ image_moments(keys)).tolist(), strict=True):
         found[record["device"]] = max(cosine, found.get(record["device"], -1.0))
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def image_likeness(
+    bank: Bank,  # the bank
+    image: Tensor,  # (C, H, W) in [0, 1]
+) -> dict[str, float]:  # as from `like_devices`
+    "The same for an image. Raises `AoiError` for one that the encoder does not take."
+    grid = embed(bank.encoder, check_images(image[None], bank.channels), size=bank.size)
+    return like_devices(bank, to_keys(bank, grid, *image.shape[-2:])[0].flatten(0, 1))
 
 
 def route(

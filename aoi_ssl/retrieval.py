@@ -22,11 +22,11 @@ from torch import Tensor
 from .core import AoiError
 from .crossval import calibrate_bank
 from .data import class_names
-from .encoder import Encoder, check_images
+from .encoder import Encoder
 from .explain import explain_pixel, find_neighbours, key_frame
-from .features import FeatureSpace, embed, restore_space
+from .features import FeatureSpace, restore_space
 from .predict import Segmenter, judged_rows
-from .recall import bank_index, fit_regression, like_devices, mask_length, patch_masks, predict_bank, to_keys
+from .recall import bank_index, fit_regression, image_likeness, mask_length, patch_masks, predict_bank
 from .remember import METHODS, RECALL_OPTIONS, Recipe, check_numbers, check_recipe, join_rows, learn_space, make_recipe, recipe_name
 from .remember import remember, seeing
 from .search import IVFIndex, MaskRows, load_index, pack_bits, unpack_bits
@@ -61,22 +61,11 @@ class MemoryBank(Segmenter):
         super().__init__(classes, encoder.channels)
         self.encoder, self.space = seeing(encoder, recipe), FeatureSpace() if space is None else space
         self.recipe, self.k, self.beta, self.mix, self.size = recipe, k, beta, mix, size
-        tensors = join_rows({}, tensors)
-        _check_contents(self, tensors, images)
         self.images, self.lights, self._cache = [dict(record) for record in images], list(lights) if recipe.refine else [], {}
-        self.values, self.known = tensors.pop("values"), tensors.pop("known")
-        for name in (*tensors, "regression"):
-            self.register_buffer(name, tensors.get(name), persistent=False)
-        self.to(encoder.mean.device)
-
-    def _apply(self, fn, *args) -> "MemoryBank":  # `to` moves the masks too
-        self.values, self.known = (MaskRows(fn(masks.number), fn(masks.table)) for masks in (self.values, self.known))
-        return super()._apply(fn, *args)
+        _hold(self, join_rows({}, tensors))
 
     def __repr__(self) -> str:
-        vote = f"k={self.k}" + (f", beta={self.beta}" if self.recipe.aggregation == "attention" else "")
-        size = f"{len(self.images)} images, {len(self.keys)} patches, {len(self.classes)} classes"
-        return f"MemoryBank({size}; {recipe_name(self.recipe)}, {vote})"
+        return _told(self)
 
     def predict(
         self,
@@ -102,9 +91,8 @@ class MemoryBank(Segmenter):
         return explain_pixel(self, image, y, x)
 
     def like_devices(self, image: Tensor) -> dict[str, float]:
-        "Device -> similarity of an image (C, H, W) as a whole to it, the highest first; what `routes` goes by."
-        grid = embed(self.encoder, check_images(image[None], self.channels), size=self.size)
-        return like_devices(self, to_keys(self, grid, *image.shape[-2:])[0].flatten(0, 1))
+        "Device -> how much an image (C, H, W) as a whole is like it, the highest first; what `routes` goes by."
+        return image_likeness(self, image)
 
     def add(self, dataset, *, calibrate: bool = True) -> "MemoryBank":
         "Remember more labelled images; see `extend_bank`."
@@ -137,6 +125,24 @@ class MemoryBank(Segmenter):
     @classmethod
     def _load(cls, folder: Path, manifest: dict) -> "MemoryBank":
         return _load_bank(folder, manifest)
+
+# %% ../nbs/api/15_retrieval.ipynb #deb01139
+def _hold(bank: "MemoryBank", tensors: Mapping[str, Tensor | MaskRows]) -> None:
+    "Put rows into a new bank, if they fit it."
+    _check_contents(bank, tensors, bank.images)
+    for name in (*tensors, "regression"):
+        if name in _MASKS:
+            setattr(bank, name, tensors[name])
+        else:
+            bank.register_buffer(name, tensors.get(name), persistent=False)
+    bank.to(bank.encoder.mean.device)
+
+
+def _told(bank: "MemoryBank") -> str:
+    "The bank in a line."
+    vote = f"k={bank.k}" + (f", beta={bank.beta}" if bank.recipe.aggregation == "attention" else "")
+    size = f"{len(bank.images)} images, {len(bank.keys)} patches, {len(bank.classes)} classes"
+    return f"MemoryBank({size}; {recipe_name(bank.recipe)}, {vote})"
 
 # %% ../nbs/api/15_retrieval.ipynb #f4e8e83d
 def _check_contents(

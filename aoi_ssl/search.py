@@ -472,15 +472,17 @@ def distinct_masks(
     return torch.from_numpy(number.astype(np.int32)).to(packed.device), packed[torch.from_numpy(first).to(packed.device)]
 
 
-class MaskRows:
-    "Packed masks of N patches, each different one kept once."
+class MaskRows(nn.Module):
+    "Packed masks of N patches, each different one kept once; a module, so that it moves to a device with its bank."
 
     def __init__(
         self,
         number: Tensor,  # (N,) int32: which mask a row has
         table: Tensor,  # (M, b) uint8: the different masks
     ):
-        self.number, self.table = number, table
+        super().__init__()
+        self.register_buffer("number", number, persistent=False)
+        self.register_buffer("table", table, persistent=False)
 
     def __getitem__(self, rows: Tensor | slice) -> "Tensor | MaskRows":
         "The packed masks (n, b) of some rows; of a slice, `MaskRows` again."

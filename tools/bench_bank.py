@@ -38,10 +38,11 @@ def routes(encoder: Encoder, args: argparse.Namespace) -> pd.DataFrame:
     "Which of 8 and of 12 devices is found; and on the 8, what the route is worth in mIoU."
     eight = arena(args.pictures, devices=8, images=7, drifts=(0.0, 0.5, 1.0), seed=40)
     four, rows = arena(args.pictures, devices=4, images=6, drifts=(0.0, 0.5, 1.0), seed=30), []
-    for sets, options in (([eight], {"method": "aligned"}), ([eight, four], {"method": "fast", "bank_shifts": 1, "calibrate": False})):
+    few = {"method": "fast", "bank_shifts": 1, "calibrate": False}  # routes go by the first grid alone
+    for sets, options in (([eight], {"method": "aligned"}), ([eight, four], few)):
         groups = {name: by_device(concatenate_datasets([data[name] for data in sets])) for name in eight}
         start = time.process_time()
-        bank = build_bank(pick(groups["new devices"], 0, 3), encoder, **options)  # routes go by the first grid alone
+        bank = build_bank(pick(groups["new devices"], 0, 3), encoder, **options)
         print(bank, f"{time.process_time() - start:.0f} s", flush=True)
         for name, parts in groups.items():
             new = pick(parts, 3, 6)
@@ -68,7 +69,7 @@ def own_banks(bank: MemoryBank, parts: dict[str, Dataset]) -> float:
 
 
 def lists(encoder: Encoder, args: argparse.Namespace) -> pd.DataFrame:
-    "The default against an exact search of float32 keys, and ways to choose thresholds after an image was added; three devices to choose by."
+    "The default against exact search of float32 keys, and thresholds after an image was added; three devices to choose by."
     data, rows, most = arena(args.pictures, devices=4, images=6, drifts=(0.0, 0.5), seed=30), [], search.MOST_EXACT
     for device, images in [*by_device(data["new devices"]).items()][:3]:
         tests = {name: by_device(part)[device].select([4, 5]) for name, part in data.items()}
