@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from aoi_ssl import search
-from aoi_ssl.benchmark import arena, by_device
+from aoi_ssl.benchmark import arena, by_device, kept_frame
 from aoi_ssl.encoder import Encoder
 from aoi_ssl.metrics import mean_iou
 from aoi_ssl.predict import evaluate
@@ -37,23 +37,30 @@ def accuracy(bank: MemoryBank, images: Dataset) -> float:
 def routes(encoder: Encoder, args: argparse.Namespace) -> pd.DataFrame:
     "Which of 8 and of 12 devices is found; and on the 8, what the route is worth in mIoU."
     eight = arena(args.pictures, devices=8, images=7, drifts=(0.0, 0.5, 1.0), seed=40)
-    four, rows = arena(args.pictures, devices=4, images=6, drifts=(0.0, 0.5, 1.0), seed=30), []
+    four, tables = arena(args.pictures, devices=4, images=6, drifts=(0.0, 0.5, 1.0), seed=30), []
     few = {"method": "fast", "bank_shifts": 1, "calibrate": False}  # routes go by the first grid alone
     for sets, options in (([eight], {"method": "aligned"}), ([eight, four], few)):
         groups = {name: by_device(concatenate_datasets([data[name] for data in sets])) for name in eight}
-        start = time.process_time()
-        bank = build_bank(pick(groups["new devices"], 0, 3), encoder, **options)
-        print(bank, f"{time.process_time() - start:.0f} s", flush=True)
-        for name, parts in groups.items():
-            new = pick(parts, 3, 6)
-            row = {"devices": len(parts), "images": name, "keys": len(bank.keys), "judged": len(new), "route right": accuracy(bank, new)}
-            if len(sets) == 1:
-                some = pick(parts, 3, 5)
-                row["mIoU, all devices"], row["s, all devices"] = judged(bank, some)
-                row["mIoU, routed"], row["s, routed"] = judged(bank.using(routes=1), some)
-                row["mIoU, own bank"] = own_banks(bank, parts)
-            rows.append(row)
-            print(row, flush=True)
+        make = lambda groups=groups, options=options: routes_of(groups, encoder, options)
+        tables.append(kept_frame(args.cache / f"routing-{len(sets)}.csv", make))
+    return pd.concat(tables)
+
+
+def routes_of(groups: dict[str, dict[str, Dataset]], encoder: Encoder, options: dict) -> pd.DataFrame:
+    "One bank of all these devices; how often its route is right, and what it is worth if the bank is calibrated."
+    start, rows = time.process_time(), []
+    bank = build_bank(pick(groups["new devices"], 0, 3), encoder, **options)
+    print(bank, f"{time.process_time() - start:.0f} s", flush=True)
+    for name, parts in groups.items():
+        new = pick(parts, 3, 6)
+        row = {"devices": len(parts), "images": name, "keys": len(bank.keys), "judged": len(new), "route right": accuracy(bank, new)}
+        if options.get("calibrate", True):
+            some = pick(parts, 3, 5)
+            row["mIoU, all devices"], row["s, all devices"] = judged(bank, some)
+            row["mIoU, routed"], row["s, routed"] = judged(bank.using(routes=1), some)
+            row["mIoU, own bank"] = own_banks(bank, parts)
+        rows.append(row)
+        print(row, flush=True)
     return pd.DataFrame(rows)
 
 
@@ -64,32 +71,40 @@ def pick(parts: dict[str, Dataset], first: int, last: int) -> Dataset:
 
 def own_banks(bank: MemoryBank, parts: dict[str, Dataset]) -> float:
     "mIoU where each device is asked its own patches, with the k and thresholds of the whole bank."
-    own = {device: bank.subset(device=device, calibrate=False) for device in parts}
-    return mean_iou(pd.concat([evaluate(own[device], part.select(range(3, 5))) for device, part in parts.items()]))
+    own = lambda part: bank.subset(device=part["device"][0], calibrate=False)
+    return mean_iou(pd.concat([evaluate(own(part), part.select(range(3, 5))) for part in parts.values()]))
 
 
 def lists(encoder: Encoder, args: argparse.Namespace) -> pd.DataFrame:
     "The default against exact search of float32 keys, and thresholds after an image was added; three devices to choose by."
-    data, rows, most = arena(args.pictures, devices=4, images=6, drifts=(0.0, 0.5), seed=30), [], search.MOST_EXACT
-    for device, images in [*by_device(data["new devices"]).items()][:3]:
-        tests = {name: by_device(part)[device].select([4, 5]) for name, part in data.items()}
-        banks = {}
-        for name, limit in (("exact, float32", 2**40), ("lists, float16", most)):
-            search.MOST_EXACT = limit
-            banks[name] = bank = build_bank(images.select(range(3)), encoder)
-            for part, some in tests.items():
-                miou, seconds = judged(bank, some)
-                rows.append({"device": device, "images": part, "way": name, "k": bank.k, "mIoU": miou, "s": seconds})
-        for patches in (16384, 4096, 2048, 0):
-            start, grown = time.process_time(), banks["lists, float16"].using()
-            name = f"added, thresholds from {patches} patches" if patches else "added, thresholds as before"
-            grown.add(images.select([3]), calibrate=False)
-            if patches:
-                grown.calibrate(ks=(grown.k,), betas=(grown.beta,), mixes=(grown.mix,), max_patches=patches)
-            spent = time.process_time() - start
-            for part, some in tests.items():
-                rows.append({"device": device, "images": part, "way": name, "k": grown.k, "mIoU": judged(grown, some)[0], "s": spent})
-        print(pd.DataFrame(rows).round(4).tail(12).to_string(), flush=True)
+    data = arena(args.pictures, devices=4, images=6, drifts=(0.0, 0.5), seed=30)
+    parts = {name: by_device(part) for name, part in data.items()}
+    first = [*parts["new devices"]][:3]
+    own = lambda device: lists_of({name: part[device] for name, part in parts.items()}, encoder)
+    kept = lambda device: kept_frame(args.cache / f"lists-{device.replace('/', '-')}.csv", lambda: own(device))
+    return pd.concat([kept(device).assign(device=device) for device in first])
+
+
+def lists_of(parts: dict[str, Dataset], encoder: Encoder) -> pd.DataFrame:
+    "The same for one device."
+    images, most, rows = parts["new devices"], search.MOST_EXACT, []
+    tests = {name: part.select([4, 5]) for name, part in parts.items()}
+
+    def judge(way: str, bank: MemoryBank, spent: float | None = None) -> None:
+        for name, some in tests.items():
+            miou, seconds = judged(bank, some)
+            rows.append({"images": name, "way": way, "k": bank.k, "mIoU": miou, "s": seconds if spent is None else spent})
+
+    for name, limit in (("exact, float32", 2**40), ("lists, float16", most)):
+        search.MOST_EXACT = limit
+        bank = build_bank(images.select(range(3)), encoder)
+        judge(name, bank)
+    for patches in (16384, 4096, 2048, 0):
+        start, grown = time.process_time(), bank.using()
+        grown.add(images.select([3]), calibrate=False)
+        if patches:
+            grown.calibrate(ks=(grown.k,), betas=(grown.beta,), mixes=(grown.mix,), max_patches=patches)
+        judge(f"added, thresholds from {patches} patches" if patches else "added, thresholds as before", grown, time.process_time() - start)
     return pd.DataFrame(rows)
 
 
@@ -119,6 +134,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="aoi-mae-small", help="folder of a saved encoder, or the name of one that ships")
     parser.add_argument("--pictures", type=Path, default=ROOT / "build" / "arena", help="where the rendered pictures are kept")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "bench_bank", help="where parts of a run are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
