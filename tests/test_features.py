@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aoi_ssl import features
 from aoi_ssl.core import AoiError
 from aoi_ssl.encoder import PixelEncoder, ViTEncoder, mirror
 from aoi_ssl.features import (
@@ -18,6 +19,7 @@ from aoi_ssl.features import (
     embed,
     fit_space,
     grid_windows,
+    in_bfloat16,
     layer_count,
     restore_space,
     shift_offsets,
@@ -186,3 +188,19 @@ def test_without_steps_a_key_is_the_embedding_of_length_one(samples):
     assert FeatureSpace()(*samples).equal(F.normalize(samples[0], dim=-1))
     centred = fit_space(*samples, centre=True)(*samples)
     assert torch.allclose(centred, F.normalize(samples[0] - samples[0].mean(0), dim=-1))
+
+
+def test_bfloat16_is_for_processors_that_are_quick_at_it(monkeypatch):
+    "The same weights and nearly the same embeddings; elsewhere, and for raw pixels, the very encoder."
+    vit, image = ViTEncoder("nano", image_size=32), noise(1, 2, 32, 48)
+    monkeypatch.setattr(features, "has_fast_bfloat16", lambda: False)
+    assert in_bfloat16(vit) is vit
+    monkeypatch.setattr(features, "has_fast_bfloat16", lambda: True)
+    quick, plain = in_bfloat16(vit), vit.encode(image)
+    found = quick.encode(image)
+    assert found.dtype == torch.float32 and not found.equal(plain)
+    assert torch.nn.functional.cosine_similarity(found, plain, dim=-1).min() > 0.999
+    assert in_bfloat16(quick).encode(image).equal(found) and with_layers(quick, vit.layers).encode(image).equal(found)
+    assert quick.fingerprint() == vit.fingerprint() and vit.encode(image).equal(plain)
+    pixels = PixelEncoder()
+    assert in_bfloat16(pixels) is pixels
