@@ -195,7 +195,8 @@ def row(name: str, folder: Path, steps: int) -> dict:
              "waiting": round(found["data_ms"] / found["step_ms"], 4), "peak_MiB": round(own.ru_maxrss / 1024)}  # fmt: skip
     if workers:  # a step on the wall is no measure on a busy machine
         shown = {"row": name, "waiting": shown["waiting"], "peak_MiB": shown["peak_MiB"]}
-        shown |= {"workers_ms": round(1000 * (children.ru_utime + children.ru_stime) / steps, 1), "worker_MiB": round(children.ru_maxrss / 1024)}
+        spent = 1000 * (children.ru_utime + children.ru_stime) / steps
+        shown |= {"workers_ms": round(spent, 1), "worker_MiB": round(children.ru_maxrss / 1024)}
     return shown
 
 
