@@ -12,7 +12,7 @@ VENV ?= .venv
 export VENV PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs bench bench-retrieval compare recipe weights-eval experiments install install-dev prepare readme clean
+.PHONY: help demo test docs bench bench-retrieval bench-pretrain compare recipe weights-eval experiments install install-dev prepare readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -36,6 +36,9 @@ docs: install-dev  ## the docs site, to _docs (with Quarto where it is on PATH, 
 bench: install-dev  ## rendering and import figures
 	@$(VENV)/bin/python tools/bench.py $(ARGS)
 
+bench-pretrain: install-dev  ## pre-training against the plain ViTMAE loop of the transformers example: speed, memory, profile, bf16
+	@$(VENV)/bin/python tools/bench_pretrain.py $(ARGS)
+
 compare: install-dev  ## masked autoencoding, DINO, iBOT and Hiera on equal CPU seconds; prints the kept table, ARGS=--fresh runs it all anew
 	@$(VENV)/bin/python tools/compare_objectives.py $(ARGS)
 
@@ -43,7 +46,7 @@ recipe: install-dev  ## the recipe of masked autoencoding, one thing changed at 
 	@$(VENV)/bin/python tools/compare_objectives.py --study recipe $(ARGS)
 	@$(VENV)/bin/python tools/compare_objectives.py --study adapt $(ARGS)
 
-weights-eval: install-dev  ## the encoders that ship against raw pixels and a random one; ARGS="--ship NAME RUN" replaces weights by better ones
+weights-eval: install-dev  ## the encoders that ship against raw pixels and a random one; ARGS="--ship NAME RUN" replaces them, --fresh counts anew
 	@$(VENV)/bin/python tools/weights_eval.py $(ARGS)
 
 experiments: install-dev  ## execute the pages of experiments from kept counts; FRESH=1 measures all of them anew (hours)

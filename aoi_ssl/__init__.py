@@ -15,6 +15,8 @@ _PUBLIC = {  # name: the module that defines it
     "load_folder": "data",
     "few_shot": "data",
     "pretrain": "pretrain",
+    "pretrain_hiera": "hiera",
+    "distill": "distill",
     "build_bank": "retrieval",
     "calibrate_novelty": "novelty",
     "suggest_next": "suggest",

@@ -159,12 +159,36 @@ def check(
     if errors:
         raise typer.Exit(1)
 
+# %% ../nbs/api/25_cli.ipynb #648b1c96
+_OBJECTIVES = {"mae": "pretrain", "dino": "distill", "ibot": "distill", "hiera": "pretrain_hiera"}  # objective: verb
+
+
+def _objective(
+    name: str,  # a key of _OBJECTIVES
+    options: dict,  # of `pretrain`, given or not
+) -> tuple[Callable, dict]:  # the verb, and its options
+    "What trains an objective. Raises `AoiError` for one that there is not, or an option that it does not have."
+    import aoi_ssl
+
+    if name not in _OBJECTIVES:
+        raise AoiError(f"--objective is {name!r}; one of {', '.join(_OBJECTIVES)} was expected.")
+    verb = getattr(aoi_ssl, _OBJECTIVES[name])
+    known, default = (inspect.signature(v).parameters for v in (verb, aoi_ssl.pretrain))
+    if wrong := [n for n, value in options.items() if n not in known and value != default[n].default]:
+        option = {"start_from": "--from"}.get(wrong[0], f"--{wrong[0].replace('_', '-')}")
+        raise AoiError(f"{option} is no option of --objective {name}. Leave it out, or choose --objective mae.")
+    options = {n: value for n, value in options.items() if n in known}
+    if name == "hiera":
+        options["encoder"] = f"hiera-{options['encoder']}"
+    return verb, options | ({"objective": name} if verb is aoi_ssl.distill else {})
+
 # %% ../nbs/api/25_cli.ipynb #81a6707d
 @app.command()
 @_reads_folder
 def pretrain(
     folder: Folder,
     out: Out = Path("runs/encoder"),
+    objective: Annotated[str, typer.Option(help="What it learns by: mae, dino, ibot or hiera.")] = "mae",
     encoder: Annotated[str, typer.Option(help="Preset: tiny or small.")] = "tiny",
     budget: Budget = "5m",
     crop: Annotated[int | None, typer.Option(help="Side of the crops; 224, or less if images are smaller.")] = None,
@@ -178,11 +202,10 @@ def pretrain(
     reading: dict,
 ) -> None:
     "Pre-train an encoder on the images of a folder; labels are not read."
-    from aoi_ssl.pretrain import pretrain as verb
-
+    options = {"encoder": encoder, "crop": crop, "patch_size": patch_size, "start_from": start_from, "budget": budget}
+    verb, options = _objective(objective, options)
     images = _images(folder, reading, split=split)
-    shape = {"encoder": encoder, "crop": crop, "patch_size": patch_size}
-    result = verb(images, out, **shape, budget=budget, start_from=start_from, seed=seed, resume=resume, overwrite=overwrite)
+    result = verb(images, out, **options, seed=seed, resume=resume, overwrite=overwrite)
     typer.echo(f"{len(result.history)} steps, last loss {result.history.loss.iloc[-1]:.4f}; encoder written to {out}.")
 
 # %% ../nbs/api/25_cli.ipynb #14804733

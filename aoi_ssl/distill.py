@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .augment import Augment
-from .core import AoiError, new_folder, step_seed
+from .core import AoiError, step_seed
 from .crops import CropStore
 from .data import channel_count
 from .encoder import ViTEncoder, mae_config, new_vit
-from .pretrain import _after_step, _check_run, _finish, _open_crops, decay_groups, default_crop
+from .pretrain import _after_step, _check_run, _finish, _open_crops, _save, decay_groups, default_crop
 from .train import Budget, checkpoint_beside, fit, parse_budget
 
 # %% ../nbs/api/10_distill.ipynb #c5e7f028
@@ -487,11 +487,14 @@ class Distilled:
         *,
         overwrite: bool = False,  # replace a folder that is not empty
     ) -> None:
-        "Write the encoder's folder, which `Encoder.from_pretrained` opens, and distillation.csv: whole, or not at all."
-        with new_folder(folder, overwrite=overwrite) as aside:
-            self.encoder.write_weights(aside)
-            self.encoder.write_manifest(aside)
-            self.history.to_csv(aside / "distillation.csv", index=False)
+        "Write the encoder's folder, which `Encoder.from_pretrained` opens, and history.csv: whole, or not at all."
+        _save(self, folder, _write_encoder, overwrite=overwrite)
+
+
+def _write_encoder(self: Distilled, folder: Path) -> None:
+    "The teacher's ViT, which transformers can read too."
+    self.encoder.write_weights(folder)
+    self.encoder.write_manifest(folder)
 
 # %% ../nbs/api/10_distill.ipynb #a455bb6a
 def _plan(dataset, encoder: str, crop: int | None, patch_size: int, views: Views | None) -> tuple:

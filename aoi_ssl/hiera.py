@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .augment import Augment
-from .core import AoiError, new_folder
+from .core import AoiError
 from .crops import CropStore
 from .data import channel_count
 from .encoder import Encoder, quiet, sincos_positions
-from .pretrain import _after_step, _batches, _check_run, _finish, _open_crops, decay_groups, default_crop
+from .pretrain import _after_step, _batches, _check_run, _finish, _open_crops, _save, _write_mae, decay_groups, default_crop
 from .train import Budget, checkpoint_beside, fit, parse_budget
 
 # %% ../nbs/api/10_hiera.ipynb #fdd0106d
@@ -183,12 +183,8 @@ class PretrainedHiera:
         *,
         overwrite: bool = False,  # replace a folder that is not empty
     ) -> None:
-        "Write the encoder's folder, which `Encoder.from_pretrained` opens, and hiera.csv: whole, or not at all."
-        with new_folder(folder, overwrite=overwrite) as aside:
-            with quiet():
-                self.mae.save_pretrained(aside)
-            self.encoder.write_manifest(aside)
-            self.history.to_csv(aside / "hiera.csv", index=False)
+        "Write the encoder's folder, which `Encoder.from_pretrained` opens, and history.csv: whole, or not at all."
+        _save(self, folder, _write_mae, overwrite=overwrite)
 
 # %% ../nbs/api/10_hiera.ipynb #bc885244
 def pretrain_hiera(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECALL_OPTIONS', 'METHODS', 'Recipe', 'make_recipe', 'check_recipe', 'recipe_name', 'check_numbers', 'turned',
-           'turned_back', 'remember_image', 'remember', 'learn_space', 'estimate_bank']
+           'turned_back', 'remember_image', 'remember', 'join_rows', 'learn_space', 'estimate_bank']
 
 # %% ../nbs/api/13_remember.ipynb #a62707da
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +22,8 @@ from .files import to_unit
 from .encoder import Encoder
 from .features import FeatureSpace, between_grids, embed, fit_space, grid_corner, grid_keys, layer_count
 from .features import sample_drifted, sample_embeddings, shift_offsets, with_layers
-from .patches import patchify_mask
-from .search import pack_bits
+from .patches import patchify_mask, shows_any
+from .search import MOST_EXACT, MaskRows, pack_bits, stored_keys
 
 # %% ../nbs/api/13_remember.ipynb #27463d7b
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ class Recipe:
     aggregation: str = "similarity"  # "similarity", "attention" or "distance": what a neighbour's vote weighs
     decoder: str = "neighbours"  # "neighbours", "ridge" (regression), or "mixture" of both
     refine: int = 0  # radius of the guided filter, pixels; 0: none. The bank then keeps the lights of its images
+    routes: int = 0  # devices whose patches are asked, those most like the image as a whole; 0: all
 
 
-RECALL_OPTIONS = ("query_shifts", "aggregation", "decoder", "refine")  # options that a bank can change
+RECALL_OPTIONS = ("query_shifts", "aggregation", "decoder", "refine", "routes")  # options that a bank can change
 _ALIGNED = Recipe(layers=1 / 3, centre="window", whiten=64, steady=True, bank_shifts=16, between=True, query_shifts=2, halo=4,
                   aggregation="distance", refine=1)
 METHODS = {
@@ -92,7 +93,7 @@ def check_recipe(
     for name, allowed in choices.items():
         if (value := getattr(recipe, name)) not in allowed:
             raise AoiError(f"{name} is {value!r}; {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r} was expected.")
-    for name, least in {"bank_shifts": 1, "query_shifts": 1, "halo": 0, "refine": 0, "whiten": 1}.items():
+    for name, least in {"bank_shifts": 1, "query_shifts": 1, "halo": 0, "refine": 0, "whiten": 1, "routes": 0}.items():
         value = getattr(recipe, name)
         if not (isinstance(value, int) and value >= least or (name == "whiten" and value is None)):
             raise AoiError(f"{name} is {value!r}; a whole number from {least} up was expected.")
@@ -105,6 +106,9 @@ def check_recipe(
             f"query_shifts is {recipe.query_shifts}, bank_shifts {recipe.bank_shifts}; a bank must know at least the grids of "
             f"its queries, to be calibrated on them. Use bank_shifts={recipe.query_shifts} or more."
         )
+    if recipe.routes and (recipe.granularity == "image" or recipe.decoder == "ridge"):
+        raise AoiError(f"routes is {recipe.routes} with granularity={recipe.granularity!r} and decoder={recipe.decoder!r}; a route "
+                       "picks the patches that vote. Use granularity='patch' and decoder='neighbours' or 'mixture', or routes=0.")
     if recipe.granularity == "image" and (recipe.bank_shifts, recipe.turns, recipe.halo, recipe.decoder) != (1, 1, 0, "neighbours"):
         raise AoiError(
             f"granularity is 'image' with {recipe.bank_shifts} shifts, {recipe.turns} turns, a halo of {recipe.halo} and the "
@@ -207,10 +211,10 @@ def _remember_grid(
 ) -> dict[str, Tensor]:  # keys, values, known, y, x of the patches that know something
     "The rows of one grid."
     grid = {"corner": grid_corner(shift, patch_size), "halo": halo}
-    keep = patchify_mask(known.any(0, keepdim=True), patch_size, **grid).flatten(2).any(-1) & keys.isfinite().all(-1)
+    keep = shows_any(known.any(0), patch_size, **grid) & keys.isfinite().all(-1)
     if edges_only:
         edges = F.pad((mask[:, 1:] != mask[:, :-1]).any(0), (0, 0, 0, 1)) | F.pad((mask[:, :, 1:] != mask[:, :, :-1]).any(0), (0, 1))
-        keep &= patchify_mask(edges[None], patch_size, **grid).flatten(2).any(-1)
+        keep &= shows_any(edges, patch_size, **grid)
     values, knows = (pack_bits(patchify_mask(m, patch_size, **grid)[keep].flatten(1)) for m in (mask, known))
     y, x = (n.int() * patch_size + start for n, start in zip(keep.nonzero(as_tuple=True), grid["corner"], strict=True))
     return {"keys": keys[keep], "values": values, "known": knows, "y": y, "x": x}
@@ -223,7 +227,7 @@ def remember(
     first: int = 0,  # number of the first image
     progress: bool = False,  # show a progress bar
     **options,  # recipe, space and size, as for `remember_image`
-) -> tuple[dict[str, Tensor], list[dict], list[Tensor]]:  # rows, image records, lights (C, H, W) uint8 or uint16
+) -> tuple[dict[str, Tensor | MaskRows], list[dict], list[Tensor]]:  # rows, image records, lights (C, H, W) uint8 or uint16
     """Embed labelled images and pack their masks: the contents of a bank.
 
     Raises `AoiError` for other lights, a dataset without images, an image without labels, and if nothing at all is
@@ -234,22 +238,36 @@ def remember(
             f"{dataset['stem'][labelled.index(False)]} has no labels; a bank is built from labelled images only. Select "
             "them first: dataset.select([i for i, labelled in enumerate(dataset['labelled']) if labelled])."
         )
-    classes, parts, images, lights = class_names(dataset), [], [], []
+    classes, contents, images, lights = class_names(dataset), {}, [], []
     for i in tqdm(range(len(dataset)), "bank", unit="image", disable=not progress):
         item = native_item(dataset, i)
         mask, ignore = (torch.from_numpy(item[name]) for name in ("mask", "ignore"))
         pixels = {"image": to_unit(item["image"]), "mask": mask, "ignore": ignore}
-        parts.append(remember_image(pixels, encoder, number=first + i, **options))
+        contents = join_rows(contents, remember_image(pixels, encoder, number=first + i, **options))
         height, width = mask.shape[-2:]
         present = (mask & ~ignore).flatten(1).any(1).tolist()
         images.append({"stem": item["stem"], "device": item["device"], "height": height, "width": width,
                        "classes": [name for name, there in zip(classes, present, strict=True) if there]})
         lights.append(torch.from_numpy(item["image"]))
-    if not any(len(part["keys"]) for part in parts):
+    if not len(contents.get("keys", ())):
         raise AoiError(
             f"The dataset has {len(images)} images and no labelled patch; a bank needs at least one. Add labels."
         )
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, images, lights
+    return contents, images, lights
+
+
+def join_rows(
+    contents: Mapping[str, Tensor | MaskRows],  # of some images; empty: of none
+    more: Mapping[str, Tensor | MaskRows],  # of others
+) -> dict[str, Tensor | MaskRows]:  # of all: the masks kept once for each image, the keys in half precision if they are many
+    "Put rows behind rows."
+    more = dict(more) | {name: MaskRows.of(more[name]) for name in ("values", "known")}
+    if not contents:
+        return more | {"keys": stored_keys(more["keys"], len(more["keys"]))}
+    total = len(contents["keys"]) + len(more["keys"])
+    keys = torch.cat([stored_keys(part["keys"], total) for part in (contents, more)])
+    masks = {name: contents[name].join(more[name]) for name in ("values", "known")}
+    return {name: torch.cat([rows, more[name]]) for name, rows in contents.items() if name not in ("keys", *masks)} | masks | {"keys": keys}
 
 # %% ../nbs/api/13_remember.ipynb #d4429555
 def learn_space(
@@ -281,16 +299,19 @@ def estimate_bank(
     method: str | Recipe = "aligned",  # as for `build_bank`
     **changes: object,  # options of `Recipe`, as for `build_bank`
 ) -> pd.DataFrame:  # a row per image: stem, device, encodings, patches, key_bytes, mask_bytes, bytes
-    "What a bank would take, at most: patches that are wholly ignored will be left out, and beyond 16 grids those without an edge."
+    """What a bank would take, at most, if the labels are known all over.
+
+    Patches that are wholly ignored will be left out, beyond 16 grids those without an edge, and of equal masks all but one."""
     recipe, p = make_recipe(method, **changes), encoder.patch_size
     seeing, place = with_layers(encoder, recipe.layers), 4 * (recipe.position == "append")
     length = min(recipe.whiten or seeing.dim, seeing.dim) + place
-    masks = 2 * -(-len(class_names(dataset)) * (p + 2 * recipe.halo) ** 2 // 8)
+    masks = -(-len(class_names(dataset)) * (p + 2 * recipe.halo) ** 2 // 8) + 8  # and two numbers: of the mask, and of where it is known
     rows = []
     for stem, device, h, w in zip(*(dataset[name] for name in ("stem", "device", "height", "width")), strict=True):
         corners = [grid_corner(shift, p) for shift in shift_offsets(recipe.bank_shifts * (4 if recipe.between else 1), p)]
         patches = recipe.turns * sum(-(-(h - y) // p) * -(-(w - x) // p) for y, x in corners)
-        sizes = {"key_bytes": 4 * length * patches, "mask_bytes": masks * patches}
-        rows.append({"stem": stem, "device": device, "encodings": recipe.turns * recipe.bank_shifts, "patches": patches, **sizes,
-                     "bytes": sum(sizes.values())})
-    return pd.DataFrame(rows)
+        rows.append({"stem": stem, "device": device, "encodings": recipe.turns * recipe.bank_shifts, "patches": patches})
+    table = pd.DataFrame(rows)
+    table["key_bytes"] = (2 if table["patches"].sum() > MOST_EXACT else 4) * length * table["patches"]
+    table["mask_bytes"] = masks * table["patches"]
+    return table.assign(bytes=table["key_bytes"] + table["mask_bytes"])

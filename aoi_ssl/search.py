@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEY_TYPES', 'MOST_EXACT', 'top_k', 'encode_keys', 'decode_keys', 'Index', 'ExactIndex', 'cluster', 'list_count',
-           'IVFIndex', 'build_index', 'load_index', 'pack_bits', 'unpack_bits', 'cast_votes', 'aggregate',
-           'distinct_masks', 'insertion_distances', 'shown_classes', 'coreset']
+           'IVFIndex', 'stored_keys', 'build_index', 'load_index', 'pack_bits', 'unpack_bits', 'distinct_masks',
+           'MaskRows', 'cast_votes', 'aggregate', 'insertion_distances', 'shown_classes', 'coreset']
 
 # %% ../nbs/api/12_search.ipynb #c9e03629
 from collections.abc import Iterable, Mapping
@@ -93,8 +93,11 @@ def decode_keys(
 class Index(nn.Module):
     "Keys of length 1 that can be searched; row i is the bank's row i."
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        "Similarity (Q, k) falling and rows (Q, k) int64 of the nearest keys; queries (Q, D) of length 1; k at most `len`."
+    def search(self, queries: Tensor, k: int, *, apart: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Similarity (Q, k) falling and rows (Q, k) int64 of the nearest keys; queries (Q, D) of length 1; k at most `len`.
+
+        `apart`, for cross-validation: the folds of the keys (N,) and of the queries (Q,). A query never finds a key of its own fold
+        or of fold -1; where too few are left, similarity is -inf and the row -1."""
         raise NotImplementedError
 
     def keys(self, rows: Tensor | None = None) -> Tensor:
@@ -151,6 +154,25 @@ def _kept(
     keep[rows] = False
     return keep
 
+# %% ../nbs/api/12_search.ipynb #cfcf17e4
+def _scan_apart(
+    index: Index,  # with codes and scale
+    queries: Tensor,  # (Q, D) float32
+    k: int,  # neighbours
+    folds: Tensor,  # (N,) of the keys; -1: nobody finds it
+    own: Tensor,  # (Q,) of the queries
+) -> tuple[Tensor, Tensor]:  # similarity (Q, k) falling and rows (Q, k); -inf and -1 where there are too few
+    "Scan, for each fold, the keys of the others."
+    similarity = queries.new_full((len(queries), k), -torch.inf)
+    rows = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
+    for fold in own.unique():
+        mine, others = (own == fold).nonzero().flatten(), ((folds != fold) & (folds >= 0)).nonzero().flatten()
+        if len(others):
+            blocks = (decode_keys(index.codes[part], index.scale[part]) for part in others.split(2**14))
+            best, place = _scan(queries[mine], blocks, min(k, len(others)))
+            similarity[mine, :best.shape[1]], rows[mine, :best.shape[1]] = best, others[place]
+    return similarity, rows
+
 # %% ../nbs/api/12_search.ipynb #72fcd619
 class ExactIndex(Index):
     "Looks at every key."
@@ -174,9 +196,10 @@ class ExactIndex(Index):
         "The keys (n, D) float32 of rows (n,) as they are remembered; None: all."
         return decode_keys(self.codes, self.scale) if rows is None else decode_keys(self.codes[rows], self.scale[rows])
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor, k: int, *, apart: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         "Similarity (Q, k) falling and rows (Q, k) of the nearest keys; all the keys if there are fewer."
-        return _scan(queries.float(), _decoded(self), min(k, len(self)))
+        k, queries = min(k, len(self)), queries.float()
+        return _scan(queries, _decoded(self), k) if apart is None else _scan_apart(self, queries, k, *apart)
 
     def add(self, keys: Tensor) -> None:
         "Append keys (n, D)."
@@ -234,20 +257,26 @@ def _list_products(
     lists: Tensor,  # (n,) the list of each pair, sorted
     start: Tensor,  # (n,) where its similarities go
     size: int,  # of all of them
+    apart: tuple[Tensor, Tensor] | None = None,  # folds of the keys (N,) and of the pairs' queries (n,)
 ) -> Tensor:  # (size + _GROUP,); -inf where there is no key
     "The similarity of each pair's query to each key of its list."
     flat, bounds = rows.new_full((size + _GROUP,), -torch.inf), index.bounds.tolist()
     chosen, count = lists.unique_consecutive(return_counts=True)
-    place = start[count.cumsum(0) - count].tolist()
-    for one, part, at in zip(chosen.tolist(), rows.split(count.tolist()), place, strict=True):
+    place, counts = start[count.cumsum(0) - count].tolist(), count.tolist()
+    own = [None] * len(counts) if apart is None else apart[1].split(counts)
+    for one, part, at, mine in zip(chosen.tolist(), rows.split(counts), place, own, strict=True):
         a, b = bounds[one], bounds[one + 1]
         width = -(-(b - a) // _GROUP) * _GROUP
         if not width:
             continue
         out = flat[at:at + len(part) * width].view(len(part), width)[:, :b - a]
-        torch.mm(part, index.codes[a:b].float().T, out=out)
+        members = index.order[a:b]
+        torch.mm(part, index.codes[members].float().T, out=out)
         if index.scale.shape[1]:
-            out.mul_(index.scale[a:b].T)
+            out.mul_(index.scale[members].T)
+        if apart is not None:
+            folds = apart[0][members]
+            out.masked_fill_((folds == mine[:, None]) | (folds < 0), -torch.inf)
     return flat
 
 # %% ../nbs/api/12_search.ipynb #c954cb7a
@@ -278,6 +307,7 @@ def _list_search(
     index: "IVFIndex",  # the index
     queries: Tensor,  # (Q, D) float32
     k: int,  # neighbours
+    apart: tuple[Tensor, Tensor] | None = None,  # folds of the keys (N,) and of the queries (Q,)
     *,
     budget: int = 2**24,  # similarities at once
 ) -> tuple[Tensor, Tensor]:  # similarity (Q, k) and row (Q, k); -inf and -1 where the lists had too few
@@ -286,10 +316,11 @@ def _list_search(
     width = (-(-index.bounds.diff() // _GROUP) * _GROUP)[lists]
     size = int(width.sum())
     if size > budget and len(queries) > 1:
-        halves = [_list_search(index, half, k, budget=budget) for half in queries.chunk(2)]
+        owns = (None, None) if apart is None else [(apart[0], own) for own in apart[1].chunk(2)]
+        halves = [_list_search(index, half, k, own, budget=budget) for half, own in zip(queries.chunk(2), owns, strict=True)]
         return tuple(torch.cat(tensors) for tensors in zip(*halves, strict=True))
     start = width.cumsum(0) - width
-    flat = _list_products(index, queries[query], lists, start, size)
+    flat = _list_products(index, queries[query], lists, start, size, None if apart is None else (apart[0], apart[1][query]))
     similarity, place = _pair_top_k(flat, query, start, width, k, len(queries))
     pair = torch.searchsorted(start, place, right=True) - 1
     found = index.order[(index.bounds[lists[pair]] + place - start[pair]).clamp(max=len(index) - 1)].long()
@@ -317,61 +348,72 @@ class IVFIndex(Index):
     ):
         super().__init__()
         centres = cluster(keys, min(len(keys), lists or list_count(len(keys))), seed=seed)
-        mine = top_k(keys.float(), centres, 1)[1].flatten()
+        mine = torch.cat([top_k(part.float(), centres, 1)[1].flatten() for part in keys.split(2**16)])
         made_for, reach = (torch.tensor(number, device=keys.device) for number in (len(keys), float(reach)))
-        self._store(centres=centres, reach=reach, made_for=made_for)
-        self._deal(mine, torch.arange(len(keys), device=keys.device), *encode_keys(keys, dtype))
+        codes, scale = encode_keys(keys, dtype)
+        self._store(centres=centres, reach=reach, made_for=made_for, codes=codes, scale=scale)
+        self._deal(mine)
 
-    def _deal(self, lists: Tensor, rows: Tensor, codes: Tensor, scale: Tensor) -> None:
-        order = lists.argsort(stable=True)
+    def _deal(self, lists: Tensor) -> None:
         bounds = F.pad(lists.bincount(minlength=len(self.centres)).cumsum(0), (1, 0))
-        self._store(codes=codes[order], scale=scale[order], order=rows[order].int(), bounds=bounds)
+        self._store(order=lists.argsort(stable=True).int(), bounds=bounds)
+
+    def _lists(self) -> Tensor:
+        "The list of each key, (N,)."
+        sizes = self.bounds.diff()
+        mine = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        return torch.empty_like(mine).scatter_(0, self.order.long(), mine)
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def keys(self, rows: Tensor | None = None) -> Tensor:
         "The keys (n, D) float32 of rows (n,) as they are remembered; None: all."
-        place = self.order.argsort()
-        place = place if rows is None else place[rows]
-        return decode_keys(self.codes[place], self.scale[place])
+        return decode_keys(self.codes, self.scale) if rows is None else decode_keys(self.codes[rows], self.scale[rows])
 
     @torch.no_grad()
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor, k: int, *, apart: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         "Similarity (Q, k) falling and rows (Q, k) of keys near each query; all the keys if there are fewer."
         k, queries = min(k, len(self)), queries.float()
         if not len(queries):
             return queries.new_empty(0, k), self.bounds.new_empty(0, k)
-        parts = [_list_search(self, part, k) for part in queries.split(1024)]
+        own = [None] * len(queries) if apart is None else [(apart[0], part) for part in apart[1].split(1024)]
+        parts = [_list_search(self, part, k, mine) for part, mine in zip(queries.split(1024), own, strict=False)]
         similarity, rows = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         short = (rows < 0).any(1)
-        if short.any():
-            similarity[short], place = _scan(queries[short], _decoded(self), k)
-            rows[short] = self.order[place].long()
+        if short.any() and apart is None:
+            similarity[short], rows[short] = _scan(queries[short], _decoded(self), k)
+        elif short.any():
+            similarity[short], rows[short] = _scan_apart(self, queries[short], k, apart[0], apart[1][short])
         return similarity, rows
 
     def add(self, keys: Tensor) -> None:
         "Append keys (n, D); makes new centres when there are four times the keys that they were made for."
-        keys, total = keys.float().to(self.centres.device), len(self) + len(keys)
-        if total > 4 * int(self.made_for):
+        keys = keys.float().to(self.centres.device)
+        if len(self) + len(keys) > 4 * int(self.made_for):
             return self.__init__(torch.cat([self.keys(), keys]), dtype=self.dtype, reach=float(self.reach))
-        rows = torch.arange(len(self), total, device=keys.device)
-        more = (top_k(keys, self.centres, 1)[1].flatten(), rows, *encode_keys(keys, self.dtype))
-        self._deal(*map(torch.cat, zip(self._dealt(), more, strict=True)))
-
-    def _dealt(self) -> tuple[Tensor, ...]:
-        sizes = self.bounds.diff()
-        lists = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
-        return lists, self.order.long(), self.codes, self.scale
+        lists = torch.cat([self._lists(), top_k(keys, self.centres, 1)[1].flatten()])
+        codes, scale = encode_keys(keys, self.dtype)
+        self._store(codes=torch.cat([self.codes, codes]), scale=torch.cat([self.scale, scale]))
+        self._deal(lists)
 
     def remove(self, rows: Tensor) -> None:
         "Forget rows (n,) int64; those behind them move up."
         keep = _kept(len(self), rows)
-        lists, old, codes, scale = (tensor[keep[self.order.long()]] for tensor in self._dealt())
-        self._deal(lists, (keep.cumsum(0) - 1)[old], codes, scale)
+        lists = self._lists()[keep]
+        self._store(codes=self.codes[keep], scale=self.scale[keep])
+        self._deal(lists)
 
 # %% ../nbs/api/12_search.ipynb #0e4f2f3b
 MOST_EXACT = 2**16  # keys that are searched exactly; above, lists are several times quicker
+
+
+def stored_keys(
+    keys: Tensor,  # (N, D) of length 1, float32 or float16
+    total: int,  # keys of the whole bank
+) -> Tensor:  # (N, D), the same or float16
+    "Keys as a bank of that size keeps them: half precision where it is searched by lists."
+    return keys.half() if total > MOST_EXACT else keys
 
 
 def build_index(
@@ -418,12 +460,65 @@ def unpack_bits(
     bits = (byte[:, None] >> torch.arange(7, -1, -1, device=packed.device) & 1).float()
     return F.embedding(packed.int(), bits).flatten(-2)[..., :count]
 
+# %% ../nbs/api/12_search.ipynb #b33cc7a6
+def distinct_masks(
+    packed: Tensor,  # (N, b) uint8
+) -> tuple[Tensor, Tensor]:  # the number of each row's mask (N,) int32, and the distinct masks (M, b)
+    "Keep each mask once: `packed[i]` is `distinct[number[i]]`."
+    if not packed.numel():
+        return torch.zeros(len(packed), dtype=torch.int32, device=packed.device), packed[:1]
+    rows = packed.cpu().contiguous().numpy().view(np.dtype((np.void, packed.shape[1]))).ravel()  # a row is compared as one string of bytes
+    _, first, number = np.unique(rows, return_index=True, return_inverse=True)
+    return torch.from_numpy(number.astype(np.int32)).to(packed.device), packed[torch.from_numpy(first).to(packed.device)]
+
+
+class MaskRows:
+    "Packed masks of N patches, each different one kept once."
+
+    def __init__(
+        self,
+        number: Tensor,  # (N,) int32: which mask a row has
+        table: Tensor,  # (M, b) uint8: the different masks
+    ):
+        self.number, self.table = number, table
+
+    def __getitem__(self, rows: Tensor | slice) -> "Tensor | MaskRows":
+        "The packed masks (n, b) of some rows; of a slice, `MaskRows` again."
+        return self.keep(rows) if isinstance(rows, slice) else self.table[self.number[rows].long()]
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes of memory."
+        return self.number.nbytes + self.table.nbytes
+
+    @classmethod
+    def of(cls, packed: "Tensor | MaskRows") -> "MaskRows":
+        "Packed masks (N, b) with each kept once."
+        return packed if isinstance(packed, cls) else cls(*distinct_masks(packed))
+
+    def equal(self, other: "MaskRows") -> bool:
+        "Whether the rows are the same, however they are kept."
+        rows = torch.arange(len(self), device=self.number.device)
+        return len(self) == len(other) and all(self[part].equal(other[part]) for part in rows.split(2**14))
+
+    def join(self, other: "MaskRows") -> "MaskRows":
+        "The rows of both; what is in both tables stays there twice."
+        return MaskRows(torch.cat([self.number, other.number + len(self.table)]), torch.cat([self.table, other.table]))
+
+    def keep(self, rows: Tensor) -> "MaskRows":
+        "Some of the rows, and of the table what they use."
+        used, number = self.number[rows].unique(return_inverse=True)
+        return MaskRows(number.int(), self.table[used.long()])
+
 # %% ../nbs/api/12_search.ipynb #d0158e08
 def cast_votes(
     weights: Tensor,  # (Q, k), of sum 1
     index: Tensor,  # (Q, k) int64, the neighbours' rows in `values`; -1 for a neighbour that is not there
-    values: Tensor,  # (N, ceil(n / 8)) uint8, bit-packed masks; False where not known
-    known: Tensor | None = None,  # the same shape, bit-packed: True where the label counts; None: everywhere
+    values: Tensor | MaskRows,  # (N, ceil(n / 8)) uint8, bit-packed masks; False where not known
+    known: Tensor | MaskRows | None = None,  # the same shape, bit-packed: True where the label counts; None: everywhere
     *,
     count: int,  # n, flags of a mask
     block: int = 256,  # queries at once: at most block * k masks are unpacked
@@ -449,8 +544,8 @@ def cast_votes(
 def aggregate(
     weights: Tensor,  # (Q, k), of sum 1
     index: Tensor,  # (Q, k) int64, the neighbours' rows in `values`; -1 for a neighbour that is not there
-    values: Tensor,  # (N, ceil(n / 8)) uint8, bit-packed masks; False where not known
-    known: Tensor | None = None,  # the same shape, bit-packed: True where the label counts; None: everywhere
+    values: Tensor | MaskRows,  # (N, ceil(n / 8)) uint8, bit-packed masks; False where not known
+    known: Tensor | MaskRows | None = None,  # the same shape, bit-packed: True where the label counts; None: everywhere
     *,
     count: int,  # n = K * P * P
     block: int = 256,  # queries at once
@@ -458,14 +553,6 @@ def aggregate(
     "The weighted mean of the neighbours' masks, over those that know the pixel."
     votes, total = cast_votes(weights, index, values, known, count=count, block=block)
     return votes.div_(total.clamp(min=torch.finfo(votes.dtype).tiny)).clamp_(max=1)
-
-# %% ../nbs/api/12_search.ipynb #b33cc7a6
-def distinct_masks(
-    packed: Tensor,  # (N, b) uint8
-) -> tuple[Tensor, Tensor]:  # the number of each row's mask (N,) int32, and the distinct masks (M, b)
-    "Keep each mask once: `packed[i]` is `distinct[number[i]]`."
-    distinct, number = packed.unique(dim=0, return_inverse=True)
-    return number.int(), distinct
 
 # %% ../nbs/api/12_search.ipynb #058715d0
 def _neighbourhoods(

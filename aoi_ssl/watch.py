@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .core import AoiError
 from .encoder import ViTEncoder, new_vit
-from .pretrain import Pretrained, load_pretrained
+from .pretrain import Pretrained, holds_autoencoder, load_pretrained
 from .show import Picture, feature_grids, similarity_map, watched
 from .widgets import Handle, Planes, TraitValueError, as_picture, page_module
 
@@ -39,8 +39,7 @@ def read_run(
     checkpoint = path if path.suffix == ".checkpoint" else path.with_name(path.name + ".checkpoint")
     folder = path.with_suffix("") if path.suffix == ".checkpoint" else path
     if (folder / "history.csv").is_file():
-        pretrained = (folder / "encoder.json").is_file() and not (folder / "segmenter.json").is_file()
-        return pd.read_csv(folder / "history.csv"), load_pretrained(folder) if pretrained else None, False
+        return pd.read_csv(folder / "history.csv"), load_pretrained(folder) if holds_autoencoder(folder) else None, False
     if checkpoint.is_file():
         return *read_checkpoint(checkpoint), True
     raise AoiError(

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 import aoi_ssl as aoi
 from aoi_ssl import cli
@@ -102,6 +104,42 @@ def test_the_whole_way_through_a_shell(folder, tmp_path):
     again = aoi_command(*steps[1], cwd=tmp_path)
     assert again.returncode == 2 and "not empty" in again.stderr
     assert aoi_command(*steps[1], "--overwrite", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--from", "aoi-mae-small", "--crop", "64"],
+        ["--objective", "dino", "--encoder", "nano", "--crop", "32"],
+        ["--objective", "hiera", "--encoder", "nano", "--crop", "32"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_every_objective_and_going_on_from_an_encoder_write_one_that_opens(folder, tmp_path, words):
+    from aoi_ssl.encoder import Encoder
+    from aoi_ssl.watch import read_run
+
+    out = tmp_path / "encoder"
+    result = CliRunner().invoke(cli.app, ["pretrain", str(folder), "--budget", "1 steps", "-o", str(out), *words])
+    assert result.exit_code == 0 and "1 steps, last loss" in result.output, result.output
+    history, _, running = read_run(out)
+    assert len(history) == 1 and not running
+    if words[0] == "--from":
+        shipped, adapted = Encoder.from_pretrained("aoi-mae-small"), Encoder.from_pretrained(out)
+        assert adapted.dim == 384 and torch.equal(adapted.mean, shipped.mean)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--objective", "gan"], "--objective is 'gan'; one of mae, dino, ibot, hiera"),
+        (["--objective", "ibot", "--from", "aoi-mae-tiny"], "--from is no option of --objective ibot"),
+        (["--objective", "hiera", "--patch-size", "8"], "--patch-size is no option of --objective hiera"),
+    ],
+)
+def test_an_objective_without_the_option_says_so(folder, tmp_path, words, message):
+    result = CliRunner().invoke(cli.app, ["pretrain", str(folder), "-o", str(tmp_path / "out"), *words])
+    assert result.exit_code == 2 and message in result.output
 
 
 def test_ctrl_c_saves_and_leaves_with_130(folder, tmp_path):

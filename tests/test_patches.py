@@ -12,6 +12,7 @@ from aoi_ssl.patches import (
     moments,
     patchify_mask,
     rim_weights,
+    shows_any,
     solve_ridge,
     unpatchify_mask,
     with_one,
@@ -29,6 +30,9 @@ def test_a_patch_is_the_slice_of_the_mask(corner, halo):
     patches = patchify_mask(mask, 8, corner=corner, halo=halo)
     rows, columns = (-(-(n - c) // 8) for n, c in zip((21, 30), corner, strict=True))
     assert patches.shape == (rows, columns, 2, 8 + 2 * halo, 8 + 2 * halo)
+    few = noise(21, 30, seed=1) > 0.99
+    shown = patchify_mask(few[None], 8, corner=corner, halo=halo).flatten(2).any(-1)
+    assert shows_any(few, 8, corner=corner, halo=halo).equal(shown) and 0 < shown.sum() < shown.numel()
     whole = np.pad(mask.numpy(), ((0, 0), (40, 40), (40, 40)))
     for r in range(rows):
         for c in range(columns):

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -430,6 +431,13 @@ def test_a_tracker_hears_of_every_tenth_step(images):
     assert sorted(notes.said) == [9, 19] and notes.said[19]["loss"] == history.loss.iloc[19] and "batch" in notes.config
     with pytest.raises(AoiError, match="report_to is 'paper'"):
         pretrain(images, **SMALL, budget="1 steps", report_to="paper")
+
+
+def test_what_to_expect_is_said_before_the_first_step_and_changes_nothing(images, capsys):
+    said, loud = [], {**SMALL, "progress": True}
+    told = pretrain(images, **loud, budget="18 steps", on_step=lambda *_: said.append(capsys.readouterr().out))
+    assert re.search(r"About \d+ crops a second: 18 steps of 4, 0\.5 epochs, in \d+ s\.", said[0])  # 36 steps an epoch
+    assert not any(said[1:]) and told.history.loss.equals(pretrain(images, **SMALL, budget="18 steps").history.loss)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_its_batch_is_kept(images, tmp_path):

@@ -12,6 +12,7 @@ from aoi_ssl.search import (
     KEY_TYPES,
     ExactIndex,
     IVFIndex,
+    MaskRows,
     aggregate,
     build_index,
     cast_votes,
@@ -174,6 +175,27 @@ def test_lists_that_are_too_short_are_no_excuse(keys):
     assert (rows >= 0).all() and similarity.allclose((keys[:20] @ keys.T).topk(2000).values, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [None, {"lists": 16, "reach": 100}, {"lists": 300, "reach": 1.0}])
+def test_nobody_finds_its_own_fold(options, keys, queries):
+    "Fold -1 is found by nobody. Wide lists and the exact index agree with a scan of what is left; short lists fall back on it."
+    index, k = IVFIndex(keys, dtype="float32", **options) if options else ExactIndex(keys), 400
+    folds, own = torch.arange(len(keys)) % 3 - 1, torch.arange(len(queries)) % 2
+    similarity, rows = index.search(queries, k, apart=(folds, own))
+    assert (folds[rows] == 1 - own[:, None]).all()
+    for fold in (0, 1):
+        expected = queries[own == fold] @ keys[folds == 1 - fold].T
+        assert similarity[own == fold].allclose(expected.topk(k).values, atol=1e-5) or (options and options["reach"] == 1)
+    few = torch.full_like(folds, -1).index_fill(0, torch.arange(5), 0)
+    assert (index.search(queries, 9, apart=(few, own))[1] >= 0).sum(1).tolist() == [5 * (n == 1) for n in own]
+
+
+def test_lists_take_no_second_copy_of_the_keys(keys):
+    half = keys.half()
+    index = IVFIndex(half)
+    assert index.codes.data_ptr() == half.data_ptr()
+    assert index.nbytes - half.nbytes < 8 * len(keys) + index.centres.nbytes + index.bounds.nbytes
+
+
 def test_a_small_budget_changes_nothing(keys, queries):
     index = IVFIndex(keys)
     expected = search._list_search(index, queries, 5)
@@ -190,7 +212,7 @@ def test_memory_is_bounded(keys, queries, monkeypatch):
     top_k(queries, keys, 3, query_block=50, key_block=1000)
     assert max(rows for rows, _ in sizes) <= 50 and max(columns for _, columns in sizes) <= 1000
     flat, products = [], search._list_products
-    monkeypatch.setattr(search, "_list_products", lambda *a: flat.append(a[-1]) or products(*a))
+    monkeypatch.setattr(search, "_list_products", lambda *a: flat.append(a[4]) or products(*a))
     search._list_search(IVFIndex(keys), queries, 5, budget=30_000)
     assert len(flat) > 5 and max(flat) <= 30_000
 
@@ -294,6 +316,18 @@ def test_masks_are_kept_once():
     weights, index = torch.rand(20, 5, generator=g), torch.randint(0, 500, (20, 5), generator=g)
     expected = aggregate(weights, index, values, count=64)
     assert aggregate(weights, number[index], distinct, count=64).allclose(expected)
+
+
+def test_rows_of_masks_are_like_the_tensor():
+    g = torch.Generator().manual_seed(0)
+    packed = (torch.rand(9, 6, generator=g) * 256).byte()[torch.randint(0, 9, (60,), generator=g)]
+    once, more = MaskRows(*distinct_masks(packed)), MaskRows(*distinct_masks(packed[:5]))
+    kept = once.join(more).keep(torch.tensor([64, 3, 3, 0]))
+    assert len(once) == 60 and kept[torch.arange(4)].equal(packed[[4, 3, 3, 0]])
+    assert len(kept.table) == 3 and kept.nbytes == 4 * 4 + 3 * 6
+    weights, index = torch.rand(4, 3, generator=g), torch.randint(0, 60, (4, 3), generator=g)
+    assert aggregate(weights, index, once, once, count=48).equal(aggregate(weights, index, packed, packed, count=48))
+    assert len(MaskRows(*distinct_masks(packed[:0]))) == 0
 
 
 def test_votes_of_patches_at_a_border_are_counted_pixel_by_pixel():

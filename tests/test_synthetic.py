@@ -13,25 +13,10 @@ from PIL import Image
 
 from aoi_ssl import synthetic
 from aoi_ssl.core import MARKER, AoiError
-from aoi_ssl.synthetic import (
-    CLASSES,
-    MAKERS,
-    MATERIALS,
-    Device,
-    Drift,
-    Wire,
-    bright_field,
-    coverage,
-    draw_ball,
-    draw_die,
-    draw_epoxy,
-    draw_wire,
-    new_canvas,
-    pixel_shares,
-    render,
-    render_folder,
-    ring_light,
-)
+from aoi_ssl.drawing import CLASSES, Wire, coverage, draw_ball, draw_die, draw_epoxy, draw_wire, new_canvas
+from aoi_ssl.layout import MAKERS, Device
+from aoi_ssl.materials import MATERIALS, bright_field, ring_light
+from aoi_ssl.synthetic import Drift, pixel_shares, render, render_folder
 
 
 def blank(size=96, scale=1.0):

@@ -65,6 +65,45 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_losses(tmp_path, stop):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("moment", ["in a step", "while it saves"])
+def test_a_run_that_is_killed_outright_goes_on_from_its_last_checkpoint(tmp_path, moment):
+    "SIGKILL, which nobody can catch, in step 7 or with half a checkpoint written."
+    script, file = tmp_path / "killed.py", tmp_path / "run.checkpoint"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, signal, sys
+        import torch
+        sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+        import test_train as t
+
+        torch.set_num_threads(1)
+        model, optimizer = t.start()
+        save, kill = torch.save, lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+        def half(state, path):
+            save(state, path)
+            if state["run"]["step"] == 7:
+                os.truncate(path, 500)
+                kill()
+
+        def batch(index):
+            return kill() if {moment!r} == "in a step" and index == 7 else t.batch(index)
+
+        torch.save = half if {moment!r} == "while it saves" else save
+        t.fit(model, t.loss, batch, optimizer, budget="12 steps", checkpoint={str(file)!r}, save_every=0.0, progress=False)
+    """)
+    )
+    killed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    last = torch.load(file, weights_only=True)["run"]["step"]
+    assert last == (7 if moment == "in a step" else 6)
+    (model, optimizer), (again, more) = start(), start()
+    whole = fit(model, loss, batch, optimizer, budget="12 steps", progress=False)
+    resumed = fit(again, loss, batch, more, budget="12 steps", checkpoint=file, resume=True, progress=False)
+    assert resumed.loss.equals(whole.loss) and resumed.seconds.is_monotonic_increasing
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
 def test_a_checkpoint_of_another_run_or_a_broken_one_is_refused(tmp_path):
     file = tmp_path / "run.checkpoint"
     model, optimizer = start()

@@ -69,13 +69,13 @@ def test_no_seam_shows_in_the_blended_windows_of_a_network(segmenters, axis):
 
 
 GROWTH = """
-import resource, sys
+import sys
 import numpy as np, torch
 from aoi_ssl.predict import Segmenter, predict_image
 
 torch.set_num_threads(1)
 segmenter, image = Segmenter.load(sys.argv[1]), np.load(sys.argv[2])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 predict_image(segmenter, image[:, :512, :2048])
 before = peak()
 result = predict_image(segmenter, image)
@@ -92,4 +92,5 @@ def test_memory_for_4096_by_3000_is_the_result_and_little_more(segmenters, tmp_p
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     growth, result = map(float, run.stdout.split())
-    assert result == 187.5 and growth < 2 * result, f"{growth:.0f} MiB for a result of {result:.0f}"
+    # not ru_maxrss, which begins at the peak of the process that started this one, and so would hardly grow
+    assert result == 187.5 and result / 2 < growth < 2 * result, f"{growth:.0f} MiB for a result of {result:.0f}"

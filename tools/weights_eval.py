@@ -1,9 +1,10 @@
 """The encoders that ship, against raw pixels, a random encoder and each other, on new devices and on boards.
 
-    python tools/weights_eval.py                                # validation devices, and deeppcb where it is
+    python tools/weights_eval.py                                # devices to report on, and deeppcb where it is
     python tools/weights_eval.py --ship aoi-mae-small runs/new  # replace the shipped weights, if the new ones are better
 
-Three labelled images of each device in a bank, mIoU on its others, as they were and drifted. Thresholds and k come from the bank."""
+Three labelled images of each device (five of a board) in a bank, mIoU on others, as they were and drifted. Thresholds and k come from
+the bank. Counts are kept; --fresh counts anew. About ten minutes of one core. Weights to ship are chosen on devices of another seed."""
 
 import argparse
 import shutil
@@ -14,6 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BOARDS = ROOT.parent / "shared" / "data" / "deeppcb"
 DEFECTS = ["open", "short", "mousebite", "spur", "copper", "pinhole"]
+RESULTS = ROOT / "nbs" / "experiments" / "results" / "weights"
+CHOOSE, REPORT = 30, 40  # seeds of rendered devices
+METHODS = {"paper": {"method": "paper"}, "aligned": {"method": "aligned"}}
 
 
 def encoders(names: list[str]) -> dict:
@@ -26,33 +30,35 @@ def encoders(names: list[str]) -> dict:
     return found | {"raw pixels": PixelEncoder(**same), "random": ViTEncoder("small", **same)}
 
 
-def compare(names: list[str], work: Path, *, devices: int, seed: int, boards: bool):
-    "One table for rendered devices, one for boards if they are there."
+def on_devices(names: list[str], work: Path, *, devices: int, seed: int):
+    "Counts on rendered devices as they were, and drifted: two images of each."
+    from aoi_ssl import benchmark
+
+    data = benchmark.arena(work / "arena", devices=devices, images=5, size=384, seed=seed, drifts=(0.0, 0.5, 1.0), workers=2)
+    return benchmark.few_shot_counts(encoders(names), METHODS, data, cache=work / "counts")
+
+
+def on_boards(names: list[str], work: Path, *, boards: int):
+    "Counts on the first boards of DeepPCB: four images of each."
     from aoi_ssl import benchmark
     from aoi_ssl.data import load_folder
 
-    methods = {"paper": {"method": "paper"}, "aligned": {"method": "aligned"}, "aligned, by variance": benchmark.VARIANCE}
-    data = benchmark.arena(work / "arena", devices=devices, images=6, seed=seed, drifts=(0.0, 0.5, 1.0), workers=2)
-    counts = benchmark.few_shot_counts(encoders(names), methods, data, cache=work / "counts", progress=True)
-    tables = [benchmark.few_shot_table(counts)]
-    if boards and BOARDS.is_dir():
-        whole = load_folder(BOARDS, classes=DEFECTS)["labelled"]
-        few = {name: methods[name] for name in ("paper", "aligned")}
-        options = {"labels": 10, "tests": 8, "cache": work / "counts", "progress": True}
-        counts = benchmark.few_shot_counts(encoders(names), few, {"boards": whole}, **options)
-        tables.append(benchmark.few_shot_table(counts))
-    return tables
+    whole = load_folder(BOARDS, classes=DEFECTS)["labelled"]
+    devices = list(benchmark.by_device(whole))[:boards]
+    options = {"devices": devices, "labels": 5, "tests": 4, "cache": work / "counts"}
+    return benchmark.few_shot_counts(encoders(names), {"paper": METHODS["paper"]}, {"boards": whole}, **options)
 
 
-def ship(name: str, run: Path, work: Path, *, devices: int, seed: int) -> None:
+def ship(name: str, run: Path, work: Path, *, devices: int) -> None:
     "Pack a run and put it in the place of the shipped encoder, if it segments the validation devices better under drift."
+    from aoi_ssl.benchmark import few_shot_table
     from aoi_ssl.pretrain import load_pretrained
     from aoi_ssl.weights import SHIPPED
 
     packed, target = work / "packed" / name, SHIPPED / name
     load_pretrained(run).save(packed, packed=True, overwrite=True)
     if target.exists():
-        table, *_ = compare([str(packed), name], work, devices=devices, seed=seed, boards=False)
+        table = few_shot_table(on_devices([str(packed), name], work, devices=devices, seed=CHOOSE))
         means = table.xs("aligned", level="method")[["new devices", "drift 0.5", "drift 1"]].mean(axis=1)
         print(table.round(3).to_string())
         if not means[str(packed)] > means[name]:
@@ -66,19 +72,29 @@ def ship(name: str, run: Path, work: Path, *, devices: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ship", nargs=2, metavar=("NAME", "RUN"), help="replace these weights by those of a run")
-    parser.add_argument("--devices", type=int, default=4, help="rendered devices")
-    parser.add_argument("--seed", type=int, default=30, help="of the devices: 30 to choose by, 40 to report")
+    parser.add_argument("--devices", type=int, default=4, help="rendered devices, and boards")
+    parser.add_argument("--fresh", action="store_true", help="forget the counts that are kept")
     scratch = Path(tempfile.gettempdir()) / "aoi_weights"
     parser.add_argument("--work", type=Path, default=scratch, help="pictures, and counts of an unfinished run")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.ship:
-        ship(args.ship[0], Path(args.ship[1]), args.work, devices=args.devices, seed=args.seed)
+        ship(args.ship[0], Path(args.ship[1]), args.work, devices=args.devices)
         return
+    from aoi_ssl.benchmark import few_shot_table, kept_frame
     from aoi_ssl.weights import shipped_encoders
 
-    for table in compare(list(shipped_encoders()), args.work, devices=args.devices, seed=args.seed, boards=True):
-        print(table.round(3).to_string(), end="\n\n")
+    names, kept = list(shipped_encoders()), {part: RESULTS / f"{part}.csv" for part in ("devices", "boards")}
+    if args.fresh:
+        shutil.rmtree(args.work / "counts", ignore_errors=True)
+        for path in kept.values():
+            path.unlink(missing_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    counts = [kept_frame(kept["devices"], lambda: on_devices(names, args.work, devices=args.devices, seed=REPORT))]
+    if kept["boards"].exists() or BOARDS.is_dir():
+        counts.append(kept_frame(kept["boards"], lambda: on_boards(names, args.work, boards=args.devices)))
+    for part in counts:
+        print(few_shot_table(part).round(3).to_string(), end="\n\n")
 
 
 if __name__ == "__main__":
