@@ -7,7 +7,7 @@ __all__ = ['SCORES', 'novelty_map', 'held_out_novelty', 'nearer_with_all', 'imag
            'bank_state', 'calibrate_novelty', 'named_images', 'judge_map', 'judge_images', 'load_novelty',
            'paste_defect']
 
-# %% ../nbs/api/16_novelty.ipynb #f20e8cc3
+# %% ../nbs/api/16_novelty.ipynb #64f9c7c9
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from .patches import box_mean
 from .recall import lay_rows, search
 from .retrieval import MemoryBank
 
-# %% ../nbs/api/16_novelty.ipynb #0e151c30
+# %% ../nbs/api/16_novelty.ipynb #65d54d0c
 @torch.no_grad()
 def novelty_map(
     bank: MemoryBank,  # the bank
@@ -48,7 +48,7 @@ def novelty_map(
             total += lay_rows(bank, numbers, grid.shape[:3], height, width, corner)[0, 0]
     return sums[0] / sums[1]
 
-# %% ../nbs/api/16_novelty.ipynb #0f40235f
+# %% ../nbs/api/16_novelty.ipynb #b7a3c52f
 def held_out_novelty(
     bank: MemoryBank,  # of two images or more
     *,
@@ -80,7 +80,7 @@ def _looked_at(bank: MemoryBank, most: int, seed: int) -> list[int]:
     "Numbers of some images of a bank."
     return torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(seed))[:most].sort().values.tolist()
 
-# %% ../nbs/api/16_novelty.ipynb #6bbb534a
+# %% ../nbs/api/16_novelty.ipynb #3b61662d
 def nearer_with_all(
     bank: MemoryBank,  # of three images or more; with two it cannot be told
     *,
@@ -100,7 +100,7 @@ def nearer_with_all(
     power = math.log(max(sums[1], 1e-9) / max(sums[0], 1e-9)) / math.log((count - 1) / (count - 2))
     return ((count - 1) / count) ** max(power, 0.0)
 
-# %% ../nbs/api/16_novelty.ipynb #8c3b334e
+# %% ../nbs/api/16_novelty.ipynb #7f370113
 SCORES = ("whole", "spot")
 
 
@@ -114,7 +114,7 @@ def image_scores(
     y, x = divmod(int(box_mean(flat, round(area**0.5) // 2).argmax()), flat.shape[1])
     return {"whole": flat.mean().item(), "spot": flat.flatten().topk(min(area, flat.numel())).values[-1].item(), "y": y, "x": x}
 
-# %% ../nbs/api/16_novelty.ipynb #6e34a8bf
+# %% ../nbs/api/16_novelty.ipynb #7efdcc97
 def prediction_limit(
     scores: Sequence[float],  # of n good images, above 0; two at least
     rate: float,  # of false alarms, 0 .. 1
@@ -124,7 +124,7 @@ def prediction_limit(
     n = len(logs)
     return float(np.exp(logs.mean() + stats.t.ppf(1 - rate, n - 1) * logs.std(ddof=1) * (1 + 1 / n) ** 0.5))
 
-# %% ../nbs/api/16_novelty.ipynb #d0149339
+# %% ../nbs/api/16_novelty.ipynb #6b0260e6
 @dataclass
 class Novelty:
     "What is new to a bank; call it with an image."
@@ -144,6 +144,10 @@ class Novelty:
     def new(self, image: Tensor) -> Tensor:
         "(H, W) bool: the pixels of an image (C, H, W) that are new."
         return self(image) > 1
+
+    def verdict(self, image: Tensor) -> dict:
+        "Whether an image (C, H, W) is to be trusted; see `judge_map`."
+        return judge_map(self, self(image))
 
     def note(self, found: Tensor) -> str:
         "What a map (H, W) that was asked for here says, in a sentence."
@@ -173,7 +177,7 @@ class Novelty:
 
 _SAVED = ("limits", "pixel_rate", "image_rate", "scores")
 
-# %% ../nbs/api/16_novelty.ipynb #c310ab59
+# %% ../nbs/api/16_novelty.ipynb #687631a5
 def bank_state(
     bank: MemoryBank,  # the bank
     *,
@@ -183,7 +187,7 @@ def bank_state(
     found = {"stems": [record["stem"] for record in bank.images], "patches": len(bank.y)}
     return found | ({"encoder": bank.encoder.fingerprint(), "space": bank.space.fingerprint()} if whole else {})
 
-# %% ../nbs/api/16_novelty.ipynb #f5cebffb
+# %% ../nbs/api/16_novelty.ipynb #b93739c8
 def calibrate_novelty(
     bank: MemoryBank,  # its `novelty` is set
     images: object = None,  # good ones that the bank lacks, labelled or not, as for `named_images`; None: cross-validation by image
@@ -215,7 +219,7 @@ def calibrate_novelty(
     bank.novelty = Novelty(bank, limits, pixel_rate, image_rate, scores, state)
     return bank.novelty
 
-# %% ../nbs/api/16_novelty.ipynb #18ab3806
+# %% ../nbs/api/16_novelty.ipynb #1c04eed9
 def named_images(
     images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
     *,
@@ -236,7 +240,7 @@ def named_images(
         else:
             yield name, "unknown", torch.as_tensor(pairs[i][1])
 
-# %% ../nbs/api/16_novelty.ipynb #70e7a8e3
+# %% ../nbs/api/16_novelty.ipynb #6a51e860
 def judge_map(
     novelty: Novelty,  # of a bank
     found: Tensor,  # (H, W), what `novelty(image)` gave
@@ -255,9 +259,9 @@ def judge_images(
     images: object,  # as for `named_images`
 ) -> pd.DataFrame:  # a row per image: stem, and what `judge_map` says
     "Compare images with the limits of a bank."
-    return pd.DataFrame([{"stem": stem} | judge_map(novelty, novelty(image)) for stem, _, image in named_images(images)])
+    return pd.DataFrame([{"stem": stem} | novelty.verdict(image) for stem, _, image in named_images(images)])
 
-# %% ../nbs/api/16_novelty.ipynb #458d4deb
+# %% ../nbs/api/16_novelty.ipynb #db689301
 def load_novelty(
     path: str | Path,  # written by `Novelty.save`
     bank: MemoryBank,  # the one that it came from; its `novelty` is set
@@ -272,7 +276,7 @@ def load_novelty(
     bank.novelty = Novelty(bank, **{name: kept[name] for name in _SAVED}, state=bank_state(bank))
     return bank.novelty
 
-# %% ../nbs/api/16_novelty.ipynb #26ef65f3
+# %% ../nbs/api/16_novelty.ipynb #bfb96672
 def _scratch(shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     "How much of each pixel a slightly bent line of 2 pixels covers, and its grey under two lights."
     angle, length, bend = rng.uniform(0, np.pi), rng.uniform(0.12, 0.28) * min(shape), rng.uniform(-0.15, 0.15)
@@ -306,7 +310,7 @@ def _missing(image: np.ndarray, mask: np.ndarray, wire: int, rng: np.random.Gene
     ground = np.stack([ndimage.gaussian_filter(plane[tuple(near)], 2) for plane in image]) + rng.normal(0, 0.01, image.shape)
     return np.where(gone, ground, image), gone
 
-# %% ../nbs/api/16_novelty.ipynb #c65ffc9d
+# %% ../nbs/api/16_novelty.ipynb #abcd1d1d
 def paste_defect(
     image: Tensor,  # (C, H, W) in [0, 1]
     kind: str,  # "scratch", "blob" or "missing"

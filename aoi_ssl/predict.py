@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .core import AoiError, new_folder, read_json, write_json
 from .data import channel_count, class_names, native_item, source_folders
+from .files import to_unit
 from .masks import mask_format_of, write_mask
 from .metrics import THRESHOLDS, best_thresholds, binary_counts, counts_frame, scores, threshold_counts
 from .tiles import blend
@@ -241,15 +242,17 @@ def segment(
     overwrite: bool = False,  # replace the folder `out` if it has files, and aoi_ssl made it
     progress: bool = False,  # show a progress bar
     **tiling: int,  # size, overlap, batch_size of `predict_image`
-) -> pd.DataFrame:  # a row per image: stem, device, file, seconds, then the share of pixels of each class
+) -> pd.DataFrame:  # a row per image: stem, device, file, seconds, the share of pixels of each class; and what `novelty` says
     """Write a mask for every image. Nothing is written at all if that fails for one of them.
+
+    Where the segmenter's novelty is calibrated, each row also says which share of the pixels is new and whether the mask is to be trusted.
 
     Raises `AoiError`, before the first prediction, if the channels differ, `out` is not empty or among the dataset's own
     files, or the format cannot hold the classes; and when the first pixel of two classes is met by the format "index"."""
     _check_channels(segmenter, dataset)
     check_output(segmenter, dataset, out, mask_format=mask_format)
     ending = ("_*" if mask_format == "classes" else "") + mask_format_of(mask_format).suffix
-    rows, devices = [], list(dataset["device"])
+    rows, devices, verdict = [], list(dataset["device"]), getattr(getattr(segmenter, "novelty", None), "verdict", None)
     with new_folder(out, overwrite=overwrite) as folder:
         for i in tqdm(range(len(dataset)), "segment", unit="image", disable=not progress):
             item = native_item(dataset, i, labels=False)
@@ -262,7 +265,8 @@ def segment(
                 np.savez_compressed(path.with_name(path.stem + ".npz"), probabilities=p.half().numpy())
             share = dict(zip(segmenter.classes, mask.float().mean((1, 2)).tolist(), strict=True))
             row = {"stem": item["stem"], "device": devices[i], "file": item["stem"] + ending, "seconds": seconds}
-            rows.append(row | share)
+            said = verdict(to_unit(item["image"])) if verdict else {}
+            rows.append(row | share | {name: said[name] for name in ("new", "trusted", "reason") if said})
         write_json(folder / "classes.json", {"classes": segmenter.classes, "mask_format": mask_format})
     return pd.DataFrame(rows)
 

@@ -1307,7 +1307,7 @@ def _heat_maps(image, found: NoveltyMaps, what: str, *, alpha: float, light, str
     "One panel for each map over the image, on one colour scale."
     image, ends = _image(image), tuple(found.limits)
     heads = [f"{n}: {note}" if (note := found.notes.get(n)) else n for n in found.maps]
-    words = f"{what.capitalize()}, from {ends[0]:.2f} to {ends[1]:.2f}, of {', '.join(heads)}."
+    words = f"{what.capitalize()}, from {ends[0]:.2f} to {ends[1]:.2f}, of {', '.join(heads).rstrip('.')}."
     figure, axes, size = _sheet(heads, 3, image.shape[1:], width=width, strip=36, alt=words)
     colours = "magma" if what == "novelty" else "viridis"
     _colour_bar(figure, ends, found.label, colours=colours)

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -252,6 +253,14 @@ def test_segment_never_reads_labels(parts, tmp_path, monkeypatch):
     assert len(segment(Bright(), parts["unlabelled"], tmp_path / "a")) == 2
     assert len(segment(Bright(), parts["labelled"], tmp_path / "b")) == 4
     assert asked == [False] * 6
+
+
+def test_segment_says_what_novelty_says(parts, tmp_path):
+    segmenter = Bright()
+    segmenter.novelty = SimpleNamespace(verdict=lambda image: {"new": image.max().item(), "y": 3, "trusted": False, "reason": "odd"})
+    table = segment(segmenter, parts["labelled"], tmp_path / "out")
+    assert table.columns[-3:].tolist() == ["new", "trusted", "reason"] and table["new"].between(0, 1).all()
+    assert "new" not in segment(Bright(), parts["labelled"], tmp_path / "plain")
 
 
 def test_segment_can_write_probabilities(parts, tmp_path):
