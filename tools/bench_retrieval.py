@@ -392,7 +392,8 @@ def main() -> None:
         stages = {"methods": lambda: methods(data), "curve": lambda: curve(data), "recall": lambda: recalls(both, args.size),
                   "reach": lambda: reaches(*few()), "coreset": lambda: coresets(*few())}
         chosen = [name for name in stages if args.stage in ("all", name)]
-        result = {name: kept_rows(args.cache / f"{name}-{args.images}.json", stages[name]) for name in chosen}
+        size = {"curve": args.images}  # the others see the first 25 images alone
+        result = {name: kept_rows(args.cache / f"{name}-{size.get(name, DEVICES * EACH)}.json", stages[name]) for name in chosen}
     if args.stage != "all":
         return
     rows, result["goals"] = result["methods"], verdicts(result["methods"])
