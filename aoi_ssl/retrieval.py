@@ -290,10 +290,10 @@ def extend_index(
 
 
 def _changed(bank: MemoryBank, calibrate: bool) -> MemoryBank:
-    "Bring regression and thresholds up to date; a sample of 2048 patches is enough for that."
+    "Bring regression and thresholds up to date; a sample of 4096 patches is enough for that."
     fit_regression(bank)
     if calibrate:
-        calibrate_bank(bank, ks=(bank.k,), betas=(bank.beta,), mixes=(bank.mix,), max_patches=2048)
+        calibrate_bank(bank, ks=(bank.k,), betas=(bank.beta,), mixes=(bank.mix,), max_patches=4096)
     return bank
 
 # %% ../nbs/api/15_retrieval.ipynb #d5e57535
