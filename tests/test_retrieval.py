@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aoi_ssl import retrieval, search
+from aoi_ssl import recall, retrieval, search
 from aoi_ssl.core import AoiError
 from aoi_ssl.crossval import cross_validate, held_out_search, judged_regions, patch_folds, region_masks
 from aoi_ssl.data import class_names, load_folder
@@ -21,7 +21,7 @@ from aoi_ssl.features import embed
 from aoi_ssl.metrics import THRESHOLDS, threshold_counts
 from aoi_ssl.patches import guided_filter, patchify_mask, rim_weights, unpatchify_mask
 from aoi_ssl.predict import Segmenter, predict_image
-from aoi_ssl.recall import attention_weights, bank_index, patch_masks, similarity_weights, to_keys
+from aoi_ssl.recall import attention_weights, bank_index, list_recall, patch_masks, similarity_weights, to_keys
 from aoi_ssl.recall import search as search_bank
 from aoi_ssl.remember import Recipe, estimate_bank, learn_space, make_recipe, remember_image, turned
 from aoi_ssl.retrieval import MemoryBank, build_bank
@@ -648,8 +648,9 @@ def test_thresholds_after_adding_are_those_of_building_at_once(dataset, pixels):
 
 @pytest.fixture
 def lists(monkeypatch):
-    "Banks of 100 keys are large."
+    "Banks of 100 keys are large, and lists are good enough."
     monkeypatch.setattr(search, "MOST_EXACT", 100)
+    monkeypatch.setattr(recall, "LEAST_RECALL", 0.0)
 
 
 GRIDS = {"method": "paper", "bank_shifts": 4, "query_shifts": 2, "k": 3, "whiten": 20}
@@ -696,6 +697,21 @@ def test_a_large_bank_is_searched_by_lists(dataset, pixels, lists, tmp_path):
         found = bank_index(made).search(made.keys[[0, 99, -1]].float(), 1)[1].flatten()
         assert torch.allclose(made.keys[found].float(), made.keys[[0, 99, -1]].float())
     assert parts.keys.equal(bank.keys) and parts.values.equal(bank.values)
+
+
+def test_lists_that_miss_too_much_are_not_used(dataset, pixels, lists, monkeypatch):
+    "The recall that is measured is that of a search by hand; where it is too low, every key is looked at."
+    bank = build_bank(dataset, pixels, calibrate=False, **GRIDS)
+    index = bank_index(bank)
+    index.reach.fill_(1.0)
+    measured = list_recall(bank, index, count=len(bank.keys), k=3)
+    same = bank.image[:, None] == bank.image
+    truth = (bank.keys.float() @ bank.keys.float().T).masked_fill(same, -1).topk(3).values[:, -1]
+    found, _ = index.search(bank.keys.float(), 3, apart=(bank.image.long(), bank.image.long()))
+    assert measured == pytest.approx((found >= truth[:, None] - 1e-4).float().mean().item(), abs=0.01) and measured < 1
+    monkeypatch.setattr(recall, "LEAST_RECALL", 1.01)
+    again = bank.subset(device=bank.images[0]["device"], calibrate=False)
+    assert isinstance(bank_index(again), ExactIndex) and bank_index(again).codes.data_ptr() == again.keys.data_ptr()
 
 
 def test_lists_cost_little(dataset, pixels, lists, monkeypatch):

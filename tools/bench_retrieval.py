@@ -12,7 +12,7 @@ import importlib.util
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -156,7 +156,7 @@ class Method(NamedTuple):
     keys: int
 
 
-def packed(index: Index, masks: Tensor) -> Method:
+def packed(index: Index, masks: Tensor | MaskRows) -> Method:
     "An index and masks that are kept once each."
     rows = MaskRows.of(masks)
     lay = lambda similarity, found: aggregate(weigh(similarity), found, rows, count=COUNT)
@@ -238,7 +238,7 @@ def methods(data: dict[str, Tensor]) -> list[dict]:
     "The plain method and its rivals at KEYS keys."
     raw, masks, truth = data["raw"], data["masks"][: len(data["raw"])], bits(data["asked masks"])
     rows = [judge("plain: float32, exact", plain(raw, masks), F.normalize(data["asked raw"].float(), dim=1), truth)]
-    keys, queries = data["keys"][: len(raw)].float(), data["asked keys"].float()
+    keys, queries, masks = data["keys"][: len(raw)].float(), data["asked keys"].float(), MaskRows.of(masks)
     options = {"queries": queries, "truth": truth, "recall": recall_of(queries, keys)}
     kinds = {"exact": ExactIndex, "lists": IVFIndex}
     for name, dtype in (("exact", "float32"), ("lists", "float16"), ("exact", "int8"), ("lists", "int8")):
@@ -270,7 +270,7 @@ def recalls(encoders: dict[str, Encoder], size: int, images: int = 6) -> list[di
 
 def reaches(keys: Tensor, masks: Tensor, queries: Tensor, truth: Tensor) -> list[dict]:
     "What `reach` buys."
-    index, recall, rows = IVFIndex(keys), recall_of(queries, keys), []
+    index, recall, masks, rows = IVFIndex(keys), recall_of(queries, keys), MaskRows.of(masks), []
     for reach in (1.0, 1.25, 1.5, 1.75, 2.0, 2.5):
         index.reach.fill_(reach)
         rows.append({"reach": reach, **judge(f"reach {reach}", packed(index, masks), queries, truth, recall=recall)})
@@ -333,35 +333,54 @@ def kept_rows(file: Path, make: Callable[[], list[dict]]) -> list[dict]:
 
 
 def draw(result: dict, file: Path) -> None:
-    "The figure, from the JSON alone."
+    "The figure, from the JSON alone: cost by size, and what reach and fewer keys do, as far as they were measured."
     from matplotlib import pyplot as plt
 
-    fig, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
-    sizes = result["curve"]
+    drawn = [panel for name, panel in (("curve", draw_curve), ("reach", draw_reach), ("coreset", draw_coreset)) if name in result]
+    count = len(drawn) + ("curve" in result)
+    fig, axes = plt.subplots(1, count, figsize=(3.8 * count, 3.6), layout="constrained", squeeze=False)
+    free = iter(axes[0])
+    for panel in drawn:
+        panel(result, free)
+    fig.savefig(file, dpi=110)
+
+
+def draw_curve(result: dict, axes: Iterator) -> None:
+    "Seconds and bytes by size."
     names = {"plain": "plain, float32", "exact": f"exact, {result['size']} numbers, float32"}
     names |= {"lists": f"lists, {result['size']} numbers, float16"}
-    for ax, what, unit in ((axes[0], "s", "seconds for 1024 queries"), (axes[1], "bytes", "bytes, keys and masks")):
+    for what, unit in (("s", "CPU seconds for 1024 queries"), ("bytes", "bytes, keys and masks")):
+        ax = next(axes)
         for name, label in names.items():
-            points = [(row["keys"], row[f"{name}_{what}"]) for row in sizes if f"{name}_{what}" in row]
+            points = [(row["keys"], row[f"{name}_{what}"]) for row in result["curve"] if f"{name}_{what}" in row]
             ax.loglog(*zip(*points, strict=True), "o-", label=label, markersize=4)
         ax.set(xlabel="keys in the bank", ylabel=unit)
-    axes[0].legend(frameon=False, fontsize=8)
-    reach = result["reach"]
+        ax.legend(frameon=False, fontsize=8)
+
+
+def draw_reach(result: dict, axes: Iterator) -> None:
+    "mIoU by seconds."
+    ax, reach = next(axes), result["reach"]
     exact = next(row for row in result["methods"] if row["method"] == "exact, float32")
-    axes[2].plot([row["search_s"] for row in reach], [row["miou"] for row in reach], "o-", label="lists, by reach")
+    ax.plot([row["search_s"] for row in reach], [row["miou"] for row in reach], "o-", label="lists, by reach")
     for row in reach:
-        axes[2].annotate(f"{row['reach']}", (row["search_s"], row["miou"]), xytext=(4, -9), textcoords="offset points", fontsize=8)
-    axes[2].axhline(exact["miou"], color="grey", linestyle="--", label=f"exact, {exact['search_s']:.2f} s")
-    axes[2].set(xlabel="seconds for 1024 queries", ylabel="mIoU")
-    axes[2].legend(frameon=False, fontsize=8)
+        ax.annotate(f"{row['reach']}", (row["search_s"], row["miou"]), xytext=(4, -9), textcoords="offset points", fontsize=8)
+    ax.axhline(exact["miou"], color="grey", linestyle="--", label=f"exact, {exact['search_s']:.2f} s")
+    ax.set(xlabel="CPU seconds for 1024 queries", ylabel="mIoU")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def draw_coreset(result: dict, axes: Iterator) -> None:
+    "mIoU by the share of the keys."
+    ax = next(axes)
+    exact = next(row for row in result["methods"] if row["method"] == "exact, float32")
     for name in ("rare classes first", "k-centre", "random"):
         points = [(row["part"], row["miou"]) for row in result["coreset"] if row["choice"] == name]
-        axes[3].plot(*zip((1.0, exact["miou"]), *points, strict=True), "o-", label=name, markersize=4)
-    axes[3].set(xscale="log", xlabel="share of the keys that is kept", ylabel="mIoU")
-    axes[3].set_xticks([1, 1 / 2, 1 / 4, 1 / 8], ["all", "1/2", "1/4", "1/8"])
-    axes[3].minorticks_off()
-    axes[3].legend(frameon=False, fontsize=8)
-    fig.savefig(file, dpi=110)
+        ax.plot(*zip((1.0, exact["miou"]), *points, strict=True), "o-", label=name, markersize=4)
+    ax.set(xscale="log", xlabel="share of the keys that is kept", ylabel="mIoU")
+    ax.set_xticks([1, 1 / 2, 1 / 4, 1 / 8], ["all", "1/2", "1/4", "1/8"])
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=8)
 
 
 def main() -> None:
@@ -373,7 +392,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "bench_retrieval", help="where keys are kept")
     parser.add_argument("--size", type=int, default=64, help="numbers of a projected or whitened key")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--stage", default="all", help="only one of methods, curve, recall, reach, coreset; it is kept for the whole run")
+    parser.add_argument("--stage", default="all", help="only one of methods, curve, recall, reach, coreset, beside what is kept")
     parser.add_argument("--draw", action="store_true", help="only draw the figure of an existing JSON")
     args = parser.parse_args()
     figure = args.out.with_suffix(".png")
@@ -391,9 +410,11 @@ def main() -> None:
         both = {Path(args.encoder).name: encoder, "raw pixels": PixelEncoder(channels=2, patch_size=P)}
         stages = {"methods": lambda: methods(data), "curve": lambda: curve(data), "recall": lambda: recalls(both, args.size),
                   "reach": lambda: reaches(*few()), "coreset": lambda: coresets(*few())}
-        chosen = [name for name in stages if args.stage in ("all", name)]
-        result = {name: kept_rows(args.cache / f"{name}-{args.images}.json", stages[name]) for name in chosen}
-    if args.stage != "all":
+        size = {"curve": args.images}  # the others see the first 25 images alone
+        files = {name: args.cache / f"{name}-{size.get(name, DEVICES * EACH)}.json" for name in stages}
+        chosen = [name for name in stages if args.stage in ("all", name) or files[name].exists()]
+        result = {name: kept_rows(files[name], stages[name]) for name in chosen}
+    if "methods" not in result:
         return
     rows, result["goals"] = result["methods"], verdicts(result["methods"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -31,11 +31,16 @@ def encoders(names: list[str]) -> dict:
 
 
 def on_devices(names: list[str], work: Path, *, devices: int, seed: int):
-    "Counts on rendered devices as they were, and drifted: two images of each."
+    "Counts on rendered devices as they were, and drifted: two images of each. What has learned nothing may also whiten as suits it best."
+    import pandas as pd
+
     from aoi_ssl import benchmark
 
     data = benchmark.arena(work / "arena", devices=devices, images=5, size=384, seed=seed, drifts=(0.0, 0.5, 1.0), workers=2)
-    return benchmark.few_shot_counts(encoders(names), METHODS, data, cache=work / "counts")
+    found = encoders(names)
+    rivals, best = {n: found[n] for n in ("raw pixels", "random")}, {"aligned, by variance": benchmark.VARIANCE}
+    jobs = (found, METHODS), (rivals, best)
+    return pd.concat([benchmark.few_shot_counts(*job, data, cache=work / "counts") for job in jobs], ignore_index=True)
 
 
 def on_boards(names: list[str], work: Path, *, boards: int):

@@ -131,6 +131,8 @@ export function frame(model, el, { label, keys = [] }) {
   }, { glyph: "keyboard", "aria-expanded": "false" });
   const root = make("div", { class: "aoi", role: "group", "aria-label": label, "data-lm-suppress-shortcuts": "true" }, bar, error, body,
     make("div", { class: "aoi-foot" }, legend, status, keys.length ? help : null), list);
+  // the notebook looks for its own shortcuts at what has the focus first: said on the frame alone, it would be too late
+  root.addEventListener("focusin", (e) => e.target.setAttribute("data-lm-suppress-shortcuts", "true"));
   watchTraits(model, "error", () => {
     words.textContent = model.get("error");
     error.hidden = !words.textContent;
