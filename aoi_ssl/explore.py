@@ -20,6 +20,7 @@ from aoi_ssl.show import (
     SPACES,
     Picture,
     as_held,
+    as_picture,
     encoder_layers,
     explored,
     feature_grids,
@@ -30,7 +31,7 @@ from aoi_ssl.show import (
     plain_keys,
     to_space,
 )
-from .widgets import SCALES, BankPictures, BankTraits, Planes, as_picture, page_module, wrong_trait
+from .widgets import SCALES, BankPictures, BankTraits, Planes, page_module, wrong_trait
 
 # %% ../nbs/api/19_explore.ipynb #a2d451a7
 def to_bytes(

@@ -243,9 +243,10 @@ def expected(path: str) -> tuple[int, int]:
     return len(cells), sum("image/png" in o.get("data", {}) for o in outputs)
 
 
-def test_the_tutorial_renders_in_jupyterlab(lab, visit):
+@pytest.mark.parametrize("name", ["quickstart", "meet_the_data", "what_a_vit_sees", "three_labels"])
+def test_a_tutorial_renders_in_jupyterlab(lab, visit, name):
     "Every cell is drawn, no output is an error, every committed picture shows."
-    path = "tutorials/quickstart.ipynb"
+    path = f"tutorials/{name}.ipynb"
     cells, pictures = expected(path)
     v = visit(1400, 1000)
     open_notebook(v, lab, path)
@@ -254,9 +255,9 @@ def test_the_tutorial_renders_in_jupyterlab(lab, visit):
     v.page.wait_for_function(f"{images}.filter(i => i.complete && i.naturalWidth).length >= {pictures}")
     assert pictures >= 1
     assert v.page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
-    v.shoot("lab-tutorial")
+    v.shoot(f"lab-{name}")
     v.page.locator(".jp-OutputArea-output img").last.scroll_into_view_if_needed()
-    v.shoot("lab-tutorial-last-picture")
+    v.shoot(f"lab-{name}-last-picture")
     assert v.outside() == []
 
 

@@ -331,3 +331,22 @@ def test_wrong_arguments_are_refused_in_words(case, image, mask):
     with pytest.raises(AoiError) as error:
         call(image, mask)
     assert words in str(error.value) and plt.get_fignums() == []
+
+
+def test_explore_takes_rows_of_a_dataset_and_crosses_out_what_is_subtracted():
+    image = torch.rand(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    held = [(8, 8), {"row": 3, "column": 3, "minus": True}]
+    figure = show.explore({"image": image, "stem": "a_01"}, PixelEncoder(), held=held, others=[{"image": image, "stem": "b_02"}])
+    assert "a_01, held: row 0, column 0, less row 3, column 3" in figure.alt and "b_02: similarity" in figure.alt
+    assert [len(panel.patches) for panel in figure.axes[:3]] == [4, 4, 0]  # a light and a dark frame for each
+    assert [len(panel.lines) for panel in figure.axes[:3]] == [2, 2, 0]
+
+
+def test_gallery_keeps_the_shape_of_each_image():
+    wide, tall = torch.full((1, 20, 80), 0.0), torch.full((1, 80, 20), 0.0)
+    figure = show.gallery({"wide": wide, "tall": tall}, columns=2, width=4)
+    panels = [np.asarray(panel.images[0].get_array())[..., 0] for panel in figure.axes]
+    assert panels[0].shape == panels[1].shape and figure.alt.startswith("2 images side by side: wide; tall.")
+    for panel, image in zip(panels, (wide, tall), strict=True):
+        rows, columns = np.flatnonzero((panel < 0.5).any(1)), np.flatnonzero((panel < 0.5).any(0))
+        assert abs(len(columns) / len(rows) - image.shape[2] / image.shape[1]) < 0.3
