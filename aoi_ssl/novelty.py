@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'novelty_map', 'held_out_novelty', 'nearer_with_all', 'image_scores', 'prediction_limit', 'Novelty',
-           'bank_state', 'calibrate_novelty', 'named_images', 'judge_map', 'judge_images', 'load_novelty',
-           'paste_defect']
+           'bank_state', 'calibrate_novelty', 'named_images', 'judge_map', 'judge_images', 'load_novelty']
 
 # %% ../nbs/api/16_novelty.ipynb #64f9c7c9
 import math
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy import ndimage, stats
+from scipy import stats
 from torch import Tensor
 
 from .core import AoiError, read_json, write_json
@@ -275,59 +274,3 @@ def load_novelty(
                        "Load the bank that belongs to it, or call calibrate_novelty(bank).")
     bank.novelty = Novelty(bank, **{name: kept[name] for name in _SAVED}, state=bank_state(bank))
     return bank.novelty
-
-# %% ../nbs/api/16_novelty.ipynb #bfb96672
-def _scratch(shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    "How much of each pixel a slightly bent line of 2 pixels covers, and its grey under two lights."
-    angle, length, bend = rng.uniform(0, np.pi), rng.uniform(0.12, 0.28) * min(shape), rng.uniform(-0.15, 0.15)
-    t = np.linspace(-0.5, 0.5, 4 * max(shape))
-    along, across, (sin, cos) = length * t, bend * length * 4 * t**2, (np.sin(angle), np.cos(angle))
-    middle = rng.uniform(0.25, 0.75, 2) * shape
-    line = np.zeros(shape, bool)
-    y, x = middle[0] + along * sin + across * cos, middle[1] + along * cos - across * sin
-    inside = (0 <= y) & (y < shape[0]) & (0 <= x) & (x < shape[1])
-    line[y[inside].astype(int), x[inside].astype(int)] = True
-    return np.clip(1.6 - ndimage.distance_transform_edt(~line), 0, 1), rng.permutation([0.9, 0.25])
-
-
-def _blob(shape: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    "How much of each pixel a lump of 8 to 16 pixels radius covers, and its grey under two lights."
-    middle = rng.uniform(0.25, 0.75, 2) * shape
-    y, x = np.mgrid[: shape[0], : shape[1]] - middle[:, None, None]
-    angle = np.arctan2(y, x)
-    rim = rng.uniform(8, 16) * (1 + sum(rng.uniform(-0.2, 0.2) * np.cos(n * angle + rng.uniform(0, 2 * np.pi)) for n in (2, 3, 4)))
-    return np.clip(rim - np.hypot(y, x) + 0.5, 0, 1), rng.uniform(0.15, 0.85, 2)
-
-
-def _missing(image: np.ndarray, mask: np.ndarray, wire: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    "The image without one of its wires, and where that was."
-    parts, count = ndimage.label(mask[wire])
-    if not count:
-        raise AoiError("The mask shows no wire that could be missing; one at least was expected. Take another image or kind.")
-    sizes = ndimage.sum_labels(parts > 0, parts, np.arange(1, count + 1))
-    gone = ndimage.binary_dilation(parts == 1 + rng.choice(np.flatnonzero(sizes >= np.median(sizes))), iterations=3)
-    near = ndimage.distance_transform_edt(gone | mask[wire], return_distances=False, return_indices=True)
-    ground = np.stack([ndimage.gaussian_filter(plane[tuple(near)], 2) for plane in image]) + rng.normal(0, 0.01, image.shape)
-    return np.where(gone, ground, image), gone
-
-# %% ../nbs/api/16_novelty.ipynb #abcd1d1d
-def paste_defect(
-    image: Tensor,  # (C, H, W) in [0, 1]
-    kind: str,  # "scratch", "blob" or "missing"
-    *,
-    mask: Tensor | None = None,  # (K, H, W) bool; only for a missing wire
-    wire: int = 0,  # number of the class of wires
-    seed: int = 0,  # another seed, another defect
-) -> tuple[Tensor, Tensor]:  # the image with the defect, and where it is, (H, W) bool
-    "Paint a defect into an image. Raises `AoiError` for a kind that there is not, and where no wire can be missing."
-    if kind not in ("scratch", "blob", "missing") or (kind == "missing" and mask is None):
-        raise AoiError(f"kind is {kind!r}; 'scratch', 'blob', or 'missing' with mask= was expected.")
-    pixels, rng = image.cpu().numpy(), np.random.default_rng(seed)
-    if kind == "missing":
-        made, where = _missing(pixels, mask.cpu().numpy(), wire, rng)
-    else:
-        cover, grey = (_scratch if kind == "scratch" else _blob)(pixels.shape[1:], rng)
-        grain = 0.1 * ndimage.gaussian_filter(rng.normal(0, 1, pixels.shape[1:]), 1.5)
-        surface = np.resize(grey, len(pixels))[:, None, None] + grain
-        made, where = pixels * (1 - cover) + surface * cover, cover > 0.5
-    return torch.from_numpy(made.clip(0, 1).astype(np.float32)), torch.from_numpy(where)

@@ -423,7 +423,8 @@ NOVELTY = (
     BANK
     + """
 from aoi_ssl.inspect import inspect
-from aoi_ssl.novelty import calibrate_novelty, paste_defect
+from aoi_ssl.defects import paste_defect
+from aoi_ssl.novelty import calibrate_novelty
 known = [look(3, n) for n in (5, 6, 7)]
 parts = [remember_image({"image": i, "mask": m, "ignore": None}, encoder, number=n) for n, (i, m) in enumerate(known)]
 records = [{"stem": f"d003_{n}", "device": "d003", "height": 512, "width": 512, "classes": list(CLASSES)} for n in range(3)]

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 
 from aoi_ssl.core import AoiError
 from aoi_ssl.encoder import PixelEncoder
@@ -18,7 +17,6 @@ from aoi_ssl.novelty import (
     named_images,
     nearer_with_all,
     novelty_map,
-    paste_defect,
     prediction_limit,
 )
 from aoi_ssl.remember import METHODS, make_recipe, remember_image
@@ -174,20 +172,3 @@ def test_images_come_in_many_ways():
     assert [name for name, _, _ in named_images({"a": image.numpy()})] == ["a"]
     with pytest.raises(AoiError, match="twice"):
         list(named_images([{"stem": "b", "image": image}] * 2))
-
-
-def test_defects_are_where_they_say():
-    image, mask = torch.full((2, 96, 96), 0.5), torch.zeros(2, 96, 96, dtype=torch.bool)
-    mask[0, 40:44, 10:80] = True
-    image[:, 40:44, 10:80] = 0.9
-    for kind in ("scratch", "blob", "missing"):
-        made, where = paste_defect(image, kind, mask=mask, seed=3)
-        again, _ = paste_defect(image, kind, mask=mask, seed=3)
-        near = torch.from_numpy(ndimage.binary_dilation(where.numpy(), iterations=3))
-        assert torch.equal(made, again) and where.any() and torch.equal(made[:, ~near], image[:, ~near])
-        assert (made - image).abs()[:, where].mean() > 0.05 and 0 <= made.min() and made.max() <= 1
-    assert made[:, mask[0]].max() < 0.7, "the wire is still there"
-    with pytest.raises(AoiError, match="no wire"):
-        paste_defect(image, "missing", mask=torch.zeros_like(mask))
-    with pytest.raises(AoiError, match="mask="):
-        paste_defect(image, "missing")
