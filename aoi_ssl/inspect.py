@@ -19,8 +19,8 @@ from torch import Tensor
 from .core import AoiError
 from .metrics import counts_frame, scores, threshold_counts
 from .predict import Segmenter, predict_image
-from .show import ERROR_COLOURS, NoveltyMaps, Picture, _mask, inspected, name_segmenters, novelty_maps
-from .widgets import BankPictures, BankTraits, Planes, TraitValueError, as_picture, page_module
+from .show import ERROR_COLOURS, NoveltyMaps, Picture, _mask, as_picture, inspected, name_segmenters, novelty_maps
+from .widgets import BankPictures, BankTraits, Planes, TraitValueError, page_module
 
 # %% ../nbs/api/20_inspect.ipynb #addd96b5
 STEPS = torch.arange(101) / 100  # 0, 0.01 ... 1: the thresholds that can be chosen

@@ -33,9 +33,9 @@ from .files import to_unit
 from .masks import fill_polygon, mask_format_of, write_mask
 from .remember import remember_image
 from .retrieval import BANK_TENSORS, MemoryBank, _append, shrink_bank
-from .show import Picture, taught
+from .show import Picture, as_picture, taught
 from .suggest import suggest_next
-from .widgets import Handle, Planes, TraitValueError, as_picture, page_module
+from .widgets import Handle, Planes, TraitValueError, page_module
 
 # %% ../nbs/api/21_teach.ipynb #aa387197
 TOOLS = ("brush", "line", "circle", "polygon", "flood", "eraser")

@@ -20,8 +20,8 @@ from torch import Tensor
 from .core import AoiError
 from .encoder import ViTEncoder, new_vit
 from .pretrain import Pretrained, holds_autoencoder, load_pretrained
-from .show import Picture, feature_grids, similarity_map, watched
-from .widgets import Handle, Planes, TraitValueError, as_picture, page_module
+from .show import Picture, as_picture, feature_grids, similarity_map, watched
+from .widgets import Handle, Planes, TraitValueError, page_module
 
 # %% ../nbs/api/21_watch.ipynb #3d464345
 from transformers import ViTMAEForPreTraining

@@ -30,7 +30,6 @@ from torch.nn import functional
 
 from .core import AoiError
 from .show import Picture, _image, class_colour, false_colour, image_of, thumbnail, upright_masks
-from .show import as_picture as as_picture  # inspect and teach import it from here
 
 # %% ../nbs/api/18_widgets.ipynb #fe22ae63
 def page_module(

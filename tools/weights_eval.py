@@ -22,12 +22,11 @@ METHODS = {"paper": {"method": "paper"}, "aligned": {"method": "aligned"}}
 
 def encoders(names: list[str]) -> dict:
     "Those by name or folder, and the two that have learned nothing."
-    from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder
+    from aoi_ssl.benchmark import rivals
+    from aoi_ssl.encoder import Encoder
 
     found = {name: Encoder.from_pretrained(name) for name in names}
-    first = next(iter(found.values()))
-    same = {"mean": first.mean, "std": first.std}
-    return found | {"raw pixels": PixelEncoder(**same), "random": ViTEncoder("small", **same)}
+    return found | rivals(found[names[0]])
 
 
 def on_devices(names: list[str], work: Path, *, devices: int, seed: int):
@@ -38,8 +37,8 @@ def on_devices(names: list[str], work: Path, *, devices: int, seed: int):
 
     data = benchmark.arena(work / "arena", devices=devices, images=5, size=384, seed=seed, drifts=(0.0, 0.5, 1.0), workers=2)
     found = encoders(names)
-    rivals, best = {n: found[n] for n in ("raw pixels", "random")}, {"aligned, by variance": benchmark.VARIANCE}
-    jobs = (found, METHODS), (rivals, best)
+    untaught, best = {n: e for n, e in found.items() if n not in names}, {"aligned, by variance": benchmark.VARIANCE}
+    jobs = (found, METHODS), (untaught, best)
     return pd.concat([benchmark.few_shot_counts(*job, data, cache=work / "counts") for job in jobs], ignore_index=True)
 
 
