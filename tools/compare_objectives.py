@@ -31,7 +31,8 @@ class Study:
 
 
 STUDIES = {
-    "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera", "pixels,random,pixels-p8,random-p8", 30, 3),
+    "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera", "pixels,random,aoi-mae-tiny,pixels-p8,random-p8", 300, 3,
+                        (0.1, 0.25, 0.5, 1.0)),
     "recipe": Study(
         "default,mask 0.5,mask 0.85,patch 8,raw targets,decoder 64,decoder 256,no augmentation,6 devices,budget / 4,budget x 4",
         "pixels,random", 30, 2, (1.0,)),
@@ -199,6 +200,7 @@ class Judge:
         "All figures of an encoder."
         import torch
 
+        from aoi_ssl.benchmark import ABLATION
         from aoi_ssl.distill import collapse_figures
 
         encoder.to(self.device).eval()
@@ -207,7 +209,8 @@ class Judge:
         grid = encoder.encode(self.images).float()
         cost = 1000 * (clock(self.device) - start) / len(self.images)
         with torch.no_grad():
-            figures = {"retrieval": self.retrieve(encoder), "probe": self.probe(grid, encoder.patch_size)}
+            figures = {"retrieval": self.retrieve(encoder), "whitened": self.retrieve(encoder, **ABLATION["whitened"]),
+                       "probe": self.probe(grid, encoder.patch_size)}  # fmt: skip
             collapse = collapse_figures(grid.flatten(1, 2))
         flat = {
             f"{name}_{c}": round(v, 4) for name, iou in figures.items() for c, v in zip(self.classes, iou, strict=True)
@@ -215,8 +218,8 @@ class Judge:
         means = {name: round(sum(iou) / len(iou), 4) for name, iou in figures.items()}
         return means | flat | {k: round(v, 4) for k, v in collapse.items()} | {"encode_ms": round(cost, 3)}
 
-    def retrieve(self, encoder) -> list[float]:
-        "IoU of each class: the paper's bank (k = 5) of the labelled pictures of each device, counts summed over all devices."
+    def retrieve(self, encoder, **recipe) -> list[float]:
+        "IoU of each class: a bank (k = 5, the paper's) of the labelled pictures of each device, counts summed over all devices."
         from aoi_ssl.metrics import binary_counts
         from aoi_ssl.predict import to_mask
         from aoi_ssl.retrieval import build_bank
@@ -224,7 +227,7 @@ class Judge:
         counts = 0
         for number, bank_images in enumerate(self.banks.values()):
             with warnings.catch_warnings(action="ignore"):
-                bank = build_bank(bank_images, encoder, k=5, method="paper")
+                bank = build_bank(bank_images, encoder, k=5, **{"method": "paper"} | recipe)
             asked = (self.owner == number) & (self.place >= self.labelled)
             found = to_mask(bank.predict(self.images[asked]), bank.thresholds)
             counts = counts + binary_counts(found, self.masks[asked])
@@ -318,7 +321,8 @@ def summary(rows: list[dict]) -> str:
     names = [n for n in frame if n not in ("run", "machine", "budget")]
     frame[names] = frame[names].apply(pd.to_numeric, errors="coerce")
     last = frame[frame["share"].isin([0, 1])].groupby("run", sort=False)
-    scores, beside = ("retrieval", "probe"), ("steps", "images_per_second", "effective_rank", "feature_std", "information")
+    scores = [name for name in ("retrieval", "whitened", "probe") if name in frame]
+    beside = ("steps", "images_per_second", "effective_rank", "feature_std", "information")
     shown = [name for name in (*scores, *beside, "encode_ms") if name in frame]
     mean, std = last[shown].mean(), last[shown].std()
     for name in scores:
@@ -401,7 +405,7 @@ def progress_so_far(history, spent: float, args, recipe: Recipe) -> dict:
     return figures | {f: round(values.iloc[-1], 4) for f, values in watched.items() if len(values)}
 
 
-SHOWN = ("run", "seed", "share", "steps", "loss", "retrieval", "probe", "effective_rank", "feature_std")
+SHOWN = ("run", "seed", "share", "steps", "loss", "retrieval", "whitened", "probe", "effective_rank", "feature_std")
 
 
 def machine(device: str) -> str:
