@@ -119,3 +119,12 @@ def test_a_table_of_sentences_is_told_from_one_of_figures():
     table = '<table border="1" class="dataframe"><tr><td>%s</td><td>0.1</td></tr></table>'
     assert '"words dataframe"' in offline(table % "Add the missing file, or remove the other")
     assert offline(table % "acme/d7000/im000") == table % "acme/d7000/im000"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_lead_to_files(path):
+    "In JupyterLab there are no pages: a link names the notebook, and the docs make the page of it."
+    text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    for link in re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)):
+        if not re.match(r"[a-z]+:", link):
+            assert (path.parent / link).is_file(), f"{link} in {path.name}; name a file of nbs, such as ../api/00_core.ipynb"
