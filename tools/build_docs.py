@@ -167,6 +167,8 @@ def renderer() -> type:
             about = docments(self.sym)
             comment = lambda name: about.get(name, "").replace("|", "\\|")
             rows = []
+            if not any(map(comment, [*(p.name for p in parameters), "return"])):
+                return []  # the call says as much: a method whose docstring names the function that it hands on to
             for p in parameters:
                 kind = "" if p.annotation is p.empty else code(p.annotation)
                 value = "required" if p.default is p.empty else code(default(p.default))
