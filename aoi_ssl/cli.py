@@ -283,7 +283,7 @@ def segment(
 
     images = _images(folder, reading, split=split, device=device)
     table = verb(load_segmenter(segmenter), images, out, mask_format=written_format, overwrite=overwrite, progress=True)
-    typer.echo(f"{len(table)} masks written to {out}.")
+    typer.echo(f"{len(table)} mask{'s' * (len(table) != 1)} written to {out}.")
 
 # %% ../nbs/api/25_cli.ipynb #7722699a
 @app.command()

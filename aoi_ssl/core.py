@@ -72,6 +72,8 @@ def new_folder(
             if old.exists():
                 os.replace(old, path)
             raise
+    except AoiError as e:
+        raise AoiError(str(e).replace(str(aside), str(path))) from e
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -656,7 +656,7 @@ def _usable(path: str | Path, scan: Scan, on_error: str) -> pd.DataFrame:
             "load_folder(path, on_error='skip') leaves out the images concerned."
         )
     warnings.warn(
-        f"{path}: {len(scan.images) - len(images)} of {len(scan.images)} images left out, for {len(lines)} errors:\n  "
+        f"{path}: {len(scan.images) - len(images)} of {len(scan.images)} images left out, for {len(lines)} error{'s' * (len(lines) > 1)}:\n  "
         + "\n  ".join(lines),
         stacklevel=3,
     )

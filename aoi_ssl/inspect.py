@@ -19,7 +19,7 @@ from torch import Tensor
 from .canvas import ERROR_COLOURS, Picture, as_picture, checked_mask
 from .core import AoiError
 from .metrics import counts_frame, scores, threshold_counts
-from .predict import Segmenter, predict_image
+from .predict import Segmenter, plain_thresholds, predict_image
 from .show import NoveltyMaps, inspected, name_segmenters, novelty_maps
 from .widgets import BankPictures, BankTraits, Planes, TraitValueError, page_module
 
@@ -120,7 +120,7 @@ class Inspector(InspectTraits):
             shown=[True] * len(own),
             **traits,
         )
-        chosen = {n: s.thresholds.tolist() for n, s in named.items()} | dict(thresholds or {})
+        chosen = {n: plain_thresholds(s) for n, s in named.items()} | dict(thresholds or {})
         self.thresholds = [chosen[n] for n in named]
         self.observe(lambda _: inspect_pixel(self), ["pixel", "thresholds", "light"])
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Segmenter', 'predict_image', 'to_mask', 'judged_rows', 'calibrate', 'evaluate', 'check_output', 'segment',
-           'save_segmenter', 'load_segmenter']
+           'plain_thresholds', 'save_segmenter', 'load_segmenter']
 
 # %% ../nbs/api/11_predict.ipynb #733942b3
 import importlib
@@ -270,6 +270,13 @@ def segment(
         write_json(folder / "classes.json", {"classes": segmenter.classes, "mask_format": mask_format})
     return pd.DataFrame(rows)
 
+# %% ../nbs/api/11_predict.ipynb #2e1664bd
+def plain_thresholds(
+    segmenter: Segmenter,  # trained, whatever its kind
+) -> list[float]:  # one a class
+    "The thresholds as they were chosen: 0.42, not the 0.41999998688697815 that a single-precision number holds."
+    return [float(str(t)) for t in segmenter.thresholds.cpu().numpy()]
+
 # %% ../nbs/api/11_predict.ipynb #fe8281ac
 def save_segmenter(
     segmenter: Segmenter,  # trained, whatever its kind
@@ -281,8 +288,7 @@ def save_segmenter(
     with new_folder(folder, overwrite=overwrite) as aside:
         settings = segmenter._save(aside) or {}
         own = {"kind": segmenter.kind, "classes": segmenter.classes, "channels": segmenter.channels}
-        thresholds = [float(str(t)) for t in segmenter.thresholds.cpu().numpy()]  # 0.42, not 0.41999998688697815
-        write_json(aside / "segmenter.json", settings | own | {"thresholds": thresholds})
+        write_json(aside / "segmenter.json", settings | own | {"thresholds": plain_thresholds(segmenter)})
         if hasattr(novelty := getattr(segmenter, "novelty", None), "save"):
             novelty.save(aside / "novelty.json")
 

@@ -28,10 +28,13 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import yaml
 from tree import ROOT, copy_source
 
 WORK = ROOT / "build" / "docs"
-PICTURE = re.compile(r'(<img src="data:image/png;base64,([\w+/=]{32})[^"]*") class="img-fluid">')
+PICTURE = re.compile(r'(<img (?:alt="[^"]*" )?src="data:image/png;base64,([\w+/=]{32})[^"]*") class="img-fluid">')
+TABLE = re.compile(r'<table [^>]*"dataframe.*?</table>', re.S)
+SENTENCE = re.compile(r"<td>[^<]{28,}</td>")  # such a table is read like a text, not down its columns
 LOADED = re.compile(r"<(?:script|link)\b[^>]*(?:src|href)=\"https?://[^>]*>(?:</script>)?\s*")
 
 
@@ -48,6 +51,42 @@ def split_title(path: Path) -> None:
         first["source"] = head.group().strip()
         notebook["cells"].insert(1, {"cell_type": "markdown", "id": "after-title", "metadata": {}, "source": rest})
         path.write_text(json.dumps(notebook), encoding="utf-8")
+
+
+def picture_words(cell: dict) -> list[str]:
+    """What is said of each picture of a cell to those who cannot see it; "" where nothing is.
+
+    The cell's own `#| fig-alt:` line, which Quarto knows too; else what the output says of itself, as a widget does."""
+    given = re.search(r"^#\|\s*fig-alt:\s*(.+)$", "".join(cell["source"]), re.M)
+    said = ["".join(o["data"].get("text/plain", "")) for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    return [yaml.safe_load(given[1]) if given else "" if text.startswith("<") else text for text in said]
+
+
+def write_picture_words(path: Path) -> None:
+    "Write what the pictures of a notebook say of themselves into `#| fig-alt:` lines, for the renderer."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        words = picture_words(cell) if cell["cell_type"] == "code" and "fig-alt:" not in source else []
+        if any(words):
+            # JSON is YAML
+            cell["source"] = f"#| fig-alt: {json.dumps(' '.join(words), ensure_ascii=False)}\n{source}"
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+
+
+def join_streams(path: Path) -> None:
+    "Make one text of what a cell printed: a kernel may send it in pieces, and each would get a frame of its own."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        joined = []
+        for output in cell.get("outputs", []):
+            if joined and output.get("name") and output.get("name") == joined[-1].get("name"):
+                joined[-1]["text"] = "".join(joined[-1]["text"]) + "".join(output["text"])
+            else:
+                joined.append(output)
+        if joined:
+            cell["outputs"] = joined
+    path.write_text(json.dumps(notebook), encoding="utf-8")
 
 
 def public_methods(source: str) -> dict[str, list[str]]:
@@ -128,6 +167,8 @@ def renderer() -> type:
             about = docments(self.sym)
             comment = lambda name: about.get(name, "").replace("|", "\\|")
             rows = []
+            if not any(map(comment, [*(p.name for p in parameters), "return"])):
+                return []  # the call says as much: a method whose docstring names the function that it hands on to
             for p in parameters:
                 kind = "" if p.annotation is p.empty else code(p.annotation)
                 value = "required" if p.default is p.empty else code(default(p.default))
@@ -209,6 +250,8 @@ def preprocess(work: Path) -> Path:
 
     for path in (work / "nbs").rglob("*.ipynb"):
         split_title(path)
+        write_picture_words(path)
+        join_streams(path)
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     # names in backticks become links by this index; an installed nbdev project would have an entry point for it
@@ -276,14 +319,15 @@ def offline(page: str) -> str:
 
     page = re.sub(r'<span class="math (inline|display)">(.*?)</span>', maths, page, flags=re.S)
     page = LOADED.sub(lambda m: m[0] if re.search(r'rel="(?:canonical|license)"', m[0]) else "", page)
-    return PICTURE.sub(describe_picture, page)
+    page = TABLE.sub(lambda m: m[0].replace('"dataframe', '"words dataframe', 1) if SENTENCE.search(m[0]) else m[0], page)
+    return PICTURE.sub(shape_picture, page)
 
 
-def describe_picture(picture: re.Match) -> str:
-    "Give an embedded picture words, and let the style know a row of panels, which is much wider than high."
+def shape_picture(picture: re.Match) -> str:
+    "Let the style know a picture of many panels, too wide for a phone, and the browser that a picture can wait."
     width, height = struct.unpack(">II", base64.b64decode(picture[2])[16:24])
-    strip = " strip" * (width >= 640 and width > 1.8 * height)
-    return f'{picture[1]} class="img-fluid{strip}" alt="Picture made by the code above" loading="lazy">'
+    strip = " strip" * (width >= 840 or width >= 640 and width > 1.8 * height)
+    return f'{picture[1]} class="img-fluid{strip}" loading="lazy">'
 
 
 def build() -> Path:

@@ -1,4 +1,5 @@
-"""Check a built site: every link, anchor and picture inside it leads somewhere, and no page loads from another host."""
+"""Check a built site: every link, anchor and picture inside it leads somewhere, every picture is described, and no page
+loads from another host."""
 
 import re
 import sys
@@ -11,11 +12,11 @@ LINK_ONLY = {"canonical", "license", "author", "next", "prev", "alternate"}  # <
 
 
 class Page(HTMLParser):
-    "The anchors that a page has, the links it makes and what it loads."
+    "The anchors that a page has, the links it makes, what it loads and what it says of its pictures."
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.anchors, self.links, self.loads = set(), [], []
+        self.anchors, self.links, self.loads, self.words = set(), [], [], []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -27,6 +28,8 @@ class Page(HTMLParser):
             self.loads.append(a["href"])
         elif tag in LOADS and a.get(LOADS[tag]):
             self.loads.append(a[LOADS[tag]])
+        if tag == "img":
+            self.words.append((a.get("alt", ""), a.get("src", "")))
         self.loads += re.findall(r"""url\(['"]?([^'")]+)""", a.get("style", ""))
 
     handle_startendtag = handle_starttag
@@ -59,6 +62,9 @@ def check_site(site: Path) -> list[str]:
                 faults.append(f"{name}: loads {link[:100]} from another host")
             elif not outside and link not in ("#", "") and (why := target(path, link)):
                 faults.append(f"{name}: {link}: {why}")
+        for words, source in page.words:
+            if len(words.split()) < 3:
+                faults.append(f"{name}: {source[:60]}: a picture described by {words!r}; give its cell a `#| fig-alt:` line")
     remote = re.compile(r"""(?:@import\s+|url\()\s*['"]?((?:https?:)?//[^'")\s]+)""")
     for path in site.rglob("*.css"):
         for link in remote.findall(path.read_text(encoding="utf-8")):
@@ -69,5 +75,5 @@ def check_site(site: Path) -> list[str]:
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "_docs")
     found = check_site(folder)
-    print("\n".join(found) if found else f"{folder}: no broken link, nothing loaded from another host.")
+    print("\n".join(found) if found else f"{folder}: no broken link, every picture described, nothing loaded from another host.")
     sys.exit(bool(found))
