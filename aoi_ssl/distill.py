@@ -27,8 +27,8 @@ from .core import AoiError, step_seed
 from .crops import CropStore
 from .data import channel_count
 from .encoder import ViTEncoder, mae_config, new_vit
-from .pretrain import _after_step, _check_run, _finish, _open_crops, _save, decay_groups, default_crop
-from .train import Budget, checkpoint_beside, fit, parse_budget
+from .pretrain import _check_run, _finish, _open_crops, _save, decay_groups, default_crop
+from .train import Budget, checkpoint_beside, fit, following, parse_budget
 
 # %% ../nbs/api/10_distill.ipynb #c5e7f028
 from transformers import ViTMAEConfig, ViTMAEModel
@@ -597,6 +597,6 @@ def distill(
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget.resolve(crops.steps_per_epoch(total)), warmup=warmup, seed=seed, precision=precision, clip=3.0,
         checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
-        after_step=_after_step(inner, on_step, _watch(model, inner, crops.batch(0, batch_size, size=crop))), label=objective)
+        after_step=following(inner, on_step, _watch(model, inner, crops.batch(0, batch_size, size=crop))), label=objective)
     result = Distilled(inner.eval(), model.eval(), history)
     return _finish(result, out, checkpoint, process, overwrite=overwrite)

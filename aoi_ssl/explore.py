@@ -15,22 +15,11 @@ import torch
 import traitlets
 from torch import Tensor
 
+from .canvas import Picture, as_picture
 from .core import AoiError
-from aoi_ssl.show import (
-    SPACES,
-    Picture,
-    as_held,
-    as_picture,
-    encoder_layers,
-    explored,
-    feature_grids,
-    held_query,
-    layer_encoder,
-    neighbours_of_held,
-    pca_colours,
-    plain_keys,
-    to_space,
-)
+from .show import explored
+from .similar import SPACES, as_held, encoder_layers, feature_grids, held_query, layer_encoder
+from .similar import neighbours_of_held, pca_colours, plain_keys, to_space
 from .widgets import SCALES, BankPictures, BankTraits, Planes, page_module, wrong_trait
 
 # %% ../nbs/api/19_explore.ipynb #a2d451a7

@@ -22,8 +22,8 @@ from .core import AoiError
 from .crops import CropStore
 from .data import channel_count
 from .encoder import Encoder, quiet, sincos_positions
-from .pretrain import _after_step, _batches, _check_run, _finish, _open_crops, _save, _write_mae, decay_groups, default_crop
-from .train import Budget, checkpoint_beside, fit, parse_budget
+from .pretrain import _batches, _check_run, _finish, _open_crops, _save, _write_mae, decay_groups, default_crop
+from .train import Budget, checkpoint_beside, fit, following, parse_budget
 
 # %% ../nbs/api/10_hiera.ipynb #fdd0106d
 from transformers import HieraConfig, HieraForPreTraining, HieraModel
@@ -233,7 +233,7 @@ def pretrain_hiera(
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget.resolve(crops.steps_per_epoch(total)), warmup=warmup, seed=seed, precision=precision,
         checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
-        after_step=_after_step(inner, on_step), label="pre-training",
+        after_step=following(inner, on_step), label="pre-training",
     )
     result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history)
     return _finish(result, out, checkpoint, process, overwrite=overwrite)

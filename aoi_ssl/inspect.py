@@ -16,10 +16,11 @@ import traitlets
 from matplotlib.colors import to_rgb
 from torch import Tensor
 
+from .canvas import ERROR_COLOURS, Picture, as_picture, checked_mask
 from .core import AoiError
 from .metrics import counts_frame, scores, threshold_counts
 from .predict import Segmenter, plain_thresholds, predict_image
-from .show import ERROR_COLOURS, NoveltyMaps, Picture, _mask, as_picture, inspected, name_segmenters, novelty_maps
+from .show import NoveltyMaps, inspected, name_segmenters, novelty_maps
 from .widgets import BankPictures, BankTraits, Planes, TraitValueError, page_module
 
 # %% ../nbs/api/20_inspect.ipynb #addd96b5
@@ -182,7 +183,7 @@ def inspect_truth(
     "The truth in tensors. Raises `AoiError` if it is not of this image and these classes."
     shape = image.shape[1:]
     made = [
-        None if m is None else torch.from_numpy(_mask(m, shape, classes, name=n))
+        None if m is None else torch.from_numpy(checked_mask(m, shape, classes, name=n))
         for n, m in (("truth", truth), ("ignore", ignore))
     ]
     return *made, list(classes)

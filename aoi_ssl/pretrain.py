@@ -38,7 +38,7 @@ from aoi_ssl.encoder import (
     to_windows,
 )
 from .tiles import check_crops
-from .train import Budget, _check_plan, checkpoint_beside, fit, parse_budget
+from .train import Budget, _check_plan, checkpoint_beside, fit, following, parse_budget
 from .weights import resolve_encoder, write_packed
 
 # %% ../nbs/api/09_pretrain.ipynb #090b79ff
@@ -281,18 +281,6 @@ def _open_crops(dataset, crops: CropStore | None, checkpoint: Path | None, crop:
     return crops
 
 
-def _after_step(encoder: Encoder, on_step: Callable | None, watch: Callable | None = None) -> Callable:
-    "What `fit` calls after a step: first what the trainer itself does, then what the user asked for."
-
-    def after(spent: float) -> dict | None:
-        figures = watch(spent) if watch is not None else None
-        if on_step is not None:
-            on_step(encoder, spent)
-        return figures
-
-    return after
-
-
 def _finish(result, out: str | Path | None, checkpoint: Path | None, process, *, overwrite: bool):
     "Save a result in the main process, and take away what an unfinished run would need; the result."
     if out is not None and process.is_main_process:
@@ -411,7 +399,7 @@ def pretrain(
         mae, loss, batch, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget, warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
         validate=None if validation is None else _validation(validation, inner, config.image_size, batch_size),
-        after_step=_after_step(inner, on_step), patience=patience, report_to=report_to, images=total, progress=progress,
+        after_step=following(inner, on_step), patience=patience, report_to=report_to, images=total, progress=progress,
         label="pre-training",
     )
     result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECALL_OPTIONS', 'METHODS', 'Recipe', 'make_recipe', 'check_recipe', 'seeing', 'recipe_name', 'check_numbers',
-           'turned', 'turned_back', 'remember_image', 'remember', 'join_rows', 'learn_space', 'estimate_bank']
+           'turned', 'turned_back', 'remember_image', 'class_edges', 'remember', 'join_rows', 'learn_space',
+           'estimate_bank']
 
 # %% ../nbs/api/13_remember.ipynb #a62707da
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,13 +189,22 @@ def remember_image(
     parts, whole, p = [], None, encoder.patch_size
     for turn in range(recipe.turns):
         image, mask, known = (turned(x, turn) for x in (item["image"], item["mask"] & ~ignore, ~ignore))
+        seen, edges = known.any(0), class_edges(mask)
         for place, (shift, keys, mean) in enumerate(_image_keys(image, encoder, recipe, space, size)):
             whole = space(mean[None], torch.full((1, 2), 0.5, device=mean.device)).cpu() if whole is None else whole
-            part = _remember_grid(keys.cpu(), mask, known, p, shift, recipe.halo, edges_only=place >= min(16, recipe.bank_shifts))
+            touched = (seen,) if place < min(16, recipe.bank_shifts) else (seen, edges)
+            part = _remember_grid(keys.cpu(), mask, known, p, shift, recipe.halo, touched)
             part["y"], part["x"] = turned_back(part["y"], part["x"], turn, p, item["mask"].shape[-2:])
             parts.append(part | {"turn": torch.full_like(part["y"], turn, dtype=torch.uint8)})
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return rows | {"image": torch.full_like(rows["y"], number), "image_keys": whole}
+
+
+def class_edges(
+    mask: Tensor,  # (K, H, W) bool
+) -> Tensor:  # (H, W) bool
+    "Pixels that differ in some class from the one below or to the right."
+    return F.pad((mask[:, 1:] != mask[:, :-1]).any(0), (0, 0, 0, 1)) | F.pad((mask[:, :, 1:] != mask[:, :, :-1]).any(0), (0, 1))
 
 
 def _image_keys(image: Tensor, encoder: Encoder, recipe: Recipe, space: FeatureSpace, size: int) -> Iterator[tuple]:
@@ -217,14 +227,13 @@ def _remember_grid(
     patch_size: int,  # P, pixels
     shift: tuple[int, int],  # of the grid
     halo: int,  # pixels
-    edges_only: bool = False,  # only patches where a class begins or ends, in the mask or right beside it
+    touched: Sequence[Tensor],  # (H, W) bool each: only patches with a pixel in all of these
 ) -> dict[str, Tensor]:  # keys, values, known, y, x of the patches that know something
     "The rows of one grid."
     grid = {"corner": grid_corner(shift, patch_size), "halo": halo}
-    keep = shows_any(known.any(0), patch_size, **grid) & keys.isfinite().all(-1)
-    if edges_only:
-        edges = F.pad((mask[:, 1:] != mask[:, :-1]).any(0), (0, 0, 0, 1)) | F.pad((mask[:, :, 1:] != mask[:, :, :-1]).any(0), (0, 1))
-        keep &= shows_any(edges, patch_size, **grid)
+    keep = keys.isfinite().all(-1)
+    for pixels in touched:
+        keep &= shows_any(pixels, patch_size, **grid)
     values, knows = (pack_bits(patchify_mask(m, patch_size, **grid)[keep].flatten(1)) for m in (mask, known))
     y, x = (n.int() * patch_size + start for n, start in zip(keep.nonzero(as_tuple=True), grid["corner"], strict=True))
     return {"keys": keys[keep], "values": values, "known": knows, "y": y, "x": x}

@@ -26,8 +26,8 @@ from matplotlib.spines import Spine
 from matplotlib.text import Text
 from PIL import Image
 
+from .canvas import Picture
 from .core import AoiError, atomic_path
-from .show import Picture
 
 # %% ../nbs/api/23_report.ipynb #29667739
 @dataclass

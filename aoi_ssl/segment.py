@@ -31,7 +31,7 @@ from .metrics import threshold_counts
 from .predict import Segmenter, judged_rows
 from .pretrain import decays, default_crop
 from .tiles import CropSampler, windows
-from .train import Budget, _check_plan, checkpoint_beside, fit, parse_budget
+from .train import Budget, _check_plan, checkpoint_beside, fit, following, parse_budget
 
 # %% ../nbs/api/16_segment.ipynb #cac2ac25
 def _upernet_parts() -> tuple[type[nn.Module], type[nn.Module]]:  # the classes BeitFPNNeck and UperNetHead
@@ -347,6 +347,8 @@ def finetune(
     resume: bool = False,  # go on with an unfinished run
     overwrite: bool = False,  # replace `out` if it is not empty
     precision: str = "auto",  # see train.fit
+    report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
+    on_step: Callable[[UperNet, float], None] | None = None,  # told the segmenter and the share of the budget spent
     progress: bool = True,  # show a bar
 ) -> UperNet:  # with its `history`; thresholds 0.5 without calibration and validation
     """Fine-tune an encoder with an UperNet head within a budget (AOI-SSL, fine-tuning).
@@ -357,13 +359,14 @@ def finetune(
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
     plan = dict(crop=crop, batch_size=batch_size, hidden=hidden, foreground=foreground, augment=augment)
     model, batch, epoch = _plan(dataset, encoder, **plan, seed=seed, processes=process.num_processes)
-    rates, validate = dict(lr=lr, layer_decay=layer_decay, weight_decay=weight_decay), None
+    rates, validate, total = dict(lr=lr, layer_decay=layer_decay, weight_decay=weight_decay), None, batch_size * process.num_processes
     if validation is not None:
         validate = validator(validation.select(judged_rows(model, validation)), most=validation_windows)
     model.history = fit(
         model, _batch_loss, batch, torch.optim.AdamW(parameter_groups(model, **rates)), budget=budget.resolve(epoch),
         checkpoint=checkpoint, resume=resume, seed=seed, warmup=warmup, validate=validate, validations=validations,
-        patience=patience, precision=precision, progress=progress, label="fine-tuning",
+        patience=patience, precision=precision, report_to=report_to, after_step=following(model, on_step), images=total,
+        progress=progress, label="fine-tuning",
         settings={k: str(v) for k, v in (plan | rates).items()} | {"images": len(dataset), "encoder": encoder.fingerprint()},
     )
     calibration = validation if calibration is None else calibration

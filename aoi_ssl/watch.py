@@ -17,10 +17,12 @@ import torch
 import traitlets
 from torch import Tensor
 
+from .canvas import Picture, as_picture
 from .core import AoiError
 from .encoder import ViTEncoder, new_vit
 from .pretrain import Pretrained, holds_autoencoder, load_pretrained
-from .show import Picture, as_picture, feature_grids, similarity_map, watched
+from .show import watched
+from .similar import feature_grids, similarity_map
 from .widgets import Handle, Planes, TraitValueError, page_module
 
 # %% ../nbs/api/21_watch.ipynb #3d464345

@@ -28,8 +28,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from .canvas import Picture, checked_image, class_colour, false_colour
 from .core import AoiError
-from .show import Picture, _image, class_colour, false_colour, image_of, thumbnail, upright_masks
+from .show import image_of, thumbnail, upright_masks
 
 # %% ../nbs/api/18_widgets.ipynb #fe22ae63
 def page_module(
@@ -90,7 +91,7 @@ class Planes:
         names: Sequence[str] | None = None,  # of the lights
         extra: np.ndarray | None = None,  # (N, H, W) uint8 planes beside the lights
     ):
-        image = _image(image, name)
+        image = checked_image(image, name)
         self.name, self.lights = name, len(image)
         self.names = [f"Light {c}" for c in range(len(image))] if names is None else list(names)
         self.black, self.white = float(image.min()), max(float(image.max()), float(image.min()) + 1e-6)

@@ -298,6 +298,14 @@ def test_training_is_augmented_and_validation_never_is(images):
     assert [n for n, _ in Counted.calls] == [2, 2, 2] and len({seed for _, seed in Counted.calls}) == 3
 
 
+def test_on_step_is_told_the_segmenter_and_trackers_are_by_name(images):
+    told = []
+    model = finetune(images["train"], nano(), on_step=lambda model, spent: told.append((model, spent)), **SHORT | {"budget": "4 steps"})
+    assert [spent for _, spent in told] == [0.25, 0.5, 0.75, 1.0] and all(one is model for one, _ in told)
+    with pytest.raises(AoiError, match="report_to is 'paper'"):
+        finetune(images["train"], nano(), report_to="paper", **SHORT)
+
+
 def test_the_best_weights_are_kept(images, monkeypatch):
     kept, scores = [], iter([0.1, 0.9, 0.2])
 
