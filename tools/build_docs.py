@@ -324,9 +324,8 @@ def offline(page: str) -> str:
 
 
 def shape_picture(picture: re.Match) -> str:
-    "Let the style know a picture of many panels, too wide for a phone, and the browser that a picture can wait."
-    width, height = struct.unpack(">II", base64.b64decode(picture[2])[16:24])
-    strip = " strip" * (width >= 840 or width >= 640 and width > 1.8 * height)
+    "Let the style know a picture that is much wider than a phone, and the browser that a picture can wait."
+    strip = " strip" * (struct.unpack(">I", base64.b64decode(picture[2])[16:20])[0] >= 640)
     return f'{picture[1]} class="img-fluid{strip}" loading="lazy">'
 
 
