@@ -53,6 +53,9 @@ class Picture(Figure):
 
     alt: str = ""
 
+    def __repr__(self) -> str:
+        return self.alt or super().__repr__()
+
     def _repr_png_(self) -> bytes:
         buffer = BytesIO()
         self.savefig(buffer, format="png", dpi=DPI)

@@ -655,10 +655,9 @@ def _usable(path: str | Path, scan: Scan, on_error: str) -> pd.DataFrame:
             + "\nSee them all with `aoi check FOLDER`, or check_folder(path) in Python; there, "
             "load_folder(path, on_error='skip') leaves out the images concerned."
         )
+    left, count = len(scan.images) - len(images), f"{len(lines)} error{'s' * (len(lines) > 1)}"
     warnings.warn(
-        f"{path}: {len(scan.images) - len(images)} of {len(scan.images)} images left out, for {len(lines)} "
-        + f"error{'s' * (len(lines) > 1)}:\n  "
-        + "\n  ".join(lines),
+        f"{path}: {left} of {len(scan.images)} images left out, for {count}:\n  " + "\n  ".join(lines),
         stacklevel=3,
     )
     return images

@@ -109,8 +109,8 @@ class _Normalised(nn.Module):
             value = [default] * channels if value is None else value
             value = torch.as_tensor(value, dtype=torch.float32, device="cpu").flatten()
             if len(value) != channels or not bool(value.isfinite().all()) or (name == "std" and value.min() <= 0):
-                raise AoiError(f"{name} is {[round(v, 6) for v in value.tolist()]}; {channels} finite numbers were expected, one a channel"
-                               f"{', all above zero' if name == 'std' else ''}. data.channel_stats computes them.")
+                raise AoiError(f"{name} is {[round(v, 6) for v in value.tolist()]}; {channels} finite numbers were expected, one per "
+                               f"channel{', all above zero' if name == 'std' else ''}. data.channel_stats computes them.")
             self.register_buffer(name, value.clone())
 
     def normalise(self, images: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ def compare(
         heads.append(name if math.isnan(iou) else f"{name}\nmIoU {iou:.2f}")
     anywhere, whole = _ignored(ignore, (1, 1))
     legend = class_legend(names, whole, anywhere is not None and bool(anywhere.any()))
-    words = ", ".join(h.replace("\n", ", ") for h in heads if h)
-    words = f"The image with its mask of {', '.join(names)}." if not words else f"Masks of {', '.join(names)}: {words}."
+    words, what = ", ".join(h.replace("\n", ", ") for h in heads if h), ", ".join(text for text, *_ in legend)
+    words = f"Masks of {what}: {words}." if words else f"The image with its mask of {what}."
     figure, axes, size = lay_out(heads, columns, image.shape[1:], width=width, title=title, legend=legend, alt=words)
     ground, hidden = ground_of(image, light, size, stretch=stretch), _ignored(ignore, size)[0]
     for panel, mask in zip(axes, [None] * bare + list(masks.values()), strict=True):
