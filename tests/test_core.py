@@ -54,6 +54,13 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path):
     assert os.listdir(tmp_path) == ["run"]
 
 
+def test_an_error_names_the_folder_that_was_asked_for(tmp_path):
+    "And not the one aside, which has another name each time and is gone when the message is read."
+    with pytest.raises(AoiError, match="cannot hold this") as caught, new_folder(tmp_path / "masks") as folder:
+        raise AoiError(f"{folder / 'd0' / 'im0.png'} cannot hold this.")
+    assert str(caught.value) == f"{tmp_path / 'masks' / 'd0' / 'im0.png'} cannot hold this." and not list(tmp_path.iterdir())
+
+
 def test_a_folder_whose_last_rename_fails_is_put_back(tmp_path, monkeypatch):
     with new_folder(tmp_path / "run") as folder:
         (folder / "weights").write_text("old")

@@ -251,6 +251,12 @@ def segmenters(scene):
     }
 
 
+def test_thresholds_are_shown_as_they_were_chosen(scene, segmenters):
+    "Single precision holds 0.36000001430511475; nobody chose that."
+    segmenters["a"].thresholds[:] = 0.36
+    assert inspect(scene[0][0], segmenters).thresholds == [[0.36] * 4, [0.5] * 4]
+
+
 def test_scores_follow_the_thresholds_exactly(scene, segmenters):
     images, masks, _ = scene
     ignore = torch.zeros_like(masks[0])
