@@ -369,7 +369,8 @@ class TeachState(TeachTraits):
         self.out, self.mask_format, self.written = out, mask_format, set()
         self.bank, self.given = bank, len(bank.images) > 0
         self._windows, self._labels, self._predicted, self._touched = {}, {}, {}, set()
-        self._first, self._due, self._seen = bank.thresholds.clone(), False, bank_state(bank)
+        self._first, self._seen = bank.thresholds.clone(), bank_state(bank)
+        self._due, self._judged = False, set()  # whether thresholds are to be chosen, and the images that they were chosen by
         self.journal = Journal(journal, classes)
         super().__init__(
             [Planes(pile.image(0), name=pile.names[0])],
@@ -591,7 +592,8 @@ def teach_learn(
         else:
             forget_image(handle.bank, handle.names[index])
     handle._predicted.clear()
-    handle._due, handle._seen = True, bank_state(handle.bank)
+    handle._due |= index in handle._judged or index in whole_images(handle)
+    handle._seen = bank_state(handle.bank)
 
 
 def teach_predict(
@@ -620,18 +622,18 @@ def one_sided(
     own = [handle.labels_of(i) for i in handle._touched]
     return [k for k in range(len(handle.classes)) if not any((labels.known & ~labels.mask[k]).any() for labels in own)]
 
-# %% ../nbs/api/21_teach.ipynb #fe8043a4
+# %% ../nbs/api/21_teach.ipynb #15785702
 def teach_calibrate(
     handle: TeachState,  # its bank has learned
     *,
     asked: bool = False,  # whatever the bank: the whole of it, and k too; otherwise thresholds alone, on a sample
     **options: object,  # of `cross_validate`
-) -> None:
-    "Choose thresholds where a hand has set none, as far as the labels allow, and note the choice in the journal."
-    bank, handle._due = handle.bank, False
+) -> bool:  # whether the labels allow it
+    "Choose thresholds where a hand has set none, and note the choice in the journal."
+    bank, handle._due, handle._judged = handle.bank, False, {*whole_images(handle)}
     judge = None if handle.given and not asked else whole_bank(handle)
     if judge is None:
-        return
+        return False
     options = ({} if asked else {"ks": (bank.k,), "max_patches": 2048 * bank.recipe.query_shifts}) | options
     before, shown = bank.thresholds.clone(), {name for record in judge.images for name in record["classes"]}
     with warnings.catch_warnings(action="ignore"):  # that labels are few is known here
@@ -639,6 +641,7 @@ def teach_calibrate(
     keep = torch.tensor([name in handle.by_hand or name not in shown for name in handle.classes]).to(before.device)
     bank.k, bank.beta, bank.mix, bank.thresholds = judge.k, judge.beta, judge.mix, torch.where(keep, before, judge.thresholds)
     tell_cuts(handle)
+    return True
 
 
 def whole_images(
@@ -668,17 +671,18 @@ def tell_cuts(
     step = {"do": "cuts", "image": handle.names[handle.index], "cuts": handle.cuts, "by_hand": handle.by_hand}
     handle.journal.write(step | {"k": bank.k, "bank": bank_kind(bank)})
 
-# %% ../nbs/api/21_teach.ipynb #2e261e8e
+# %% ../nbs/api/21_teach.ipynb #26c15ff3
 def cuts_moved(
     handle: TeachState,  # its `cuts` have changed
 ) -> None:
     "A threshold that differs from the bank's was set by hand: the bank takes it over, and it stays."
     bank = handle.bank
-    new = torch.tensor(handle.cuts).to(bank.thresholds)
-    moved = ((new - bank.thresholds).abs() > 1e-6).tolist()
-    if any(moved):
-        bank.thresholds = new
-        keep_by_hand(handle, moved)
+    with handle._lock:
+        new = torch.tensor(handle.cuts).to(bank.thresholds)
+        moved = ((new - bank.thresholds).abs() > 1e-6).tolist()
+        if any(moved):
+            bank.thresholds = new
+            keep_by_hand(handle, moved)
 
 
 def keep_by_hand(
@@ -699,21 +703,21 @@ def set_threshold(
     "Set a threshold by hand, or give it back. Raises `AoiError` for a class that there is not."
     if class_name not in handle.classes:
         raise AoiError(f"The class is {class_name!r}; one of {handle.classes} was expected.")
-    place = handle.classes.index(class_name)
-    with handle._lock:
-        cuts = [*handle.cuts]
-        cuts[place] = float(handle._first[place]) if value is None else value
-        handle.cuts = cuts
+    place, bank = handle.classes.index(class_name), handle.bank
+    with handle._lock, handle.hold_sync():
         if value is None:
             handle.by_hand = [name for name in handle.by_hand if name != class_name]
-            tell_cuts(handle)
-            teach_calibrate(handle)
-        elif class_name not in handle.by_hand:  # where it was already
-            keep_by_hand(handle, [name == class_name for name in handle.classes])
+            bank.thresholds[place] = handle._first[place]
+            if not teach_calibrate(handle):
+                tell_cuts(handle)
+        else:
+            handle.cuts = [value if n == place else cut for n, cut in enumerate(handle.cuts)]
+            if class_name not in handle.by_hand:  # where it was already
+                keep_by_hand(handle, [name == class_name for name in handle.classes])
         teach_state(handle)
     return handle
 
-# %% ../nbs/api/21_teach.ipynb #7b692f48
+# %% ../nbs/api/21_teach.ipynb #4a572ee5
 def bank_state(
     bank: MemoryBank,  # any
 ) -> tuple:  # to be compared
@@ -760,7 +764,7 @@ def after_cells(
     if shell is not None:
         shell.events.register("post_run_cell", after)
 
-# %% ../nbs/api/21_teach.ipynb #4fed1898
+# %% ../nbs/api/21_teach.ipynb #aa4e7668
 def restore_cuts(
     handle: TeachState,  # its bank has learned what the journal says
     step: Mapping | None,  # the last thresholds in the journal; None: it has none
@@ -774,11 +778,11 @@ def restore_cuts(
     bank.thresholds = torch.where(torch.tensor(taken), torch.tensor(step["cuts"]), bank.thresholds.cpu()).to(bank.thresholds)
     handle.cuts, handle._seen = bank.thresholds.tolist(), bank_state(bank)
     if same:
-        handle._due = handle.journal.steps[-1]["do"] != "cuts"
+        handle._due, handle._judged = handle.journal.steps[-1]["do"] != "cuts", {*whole_images(handle)}
     else:
         teach_calibrate(handle)
 
-# %% ../nbs/api/21_teach.ipynb #8f9aa080
+# %% ../nbs/api/21_teach.ipynb #9c5b2f6c
 def odd_shares(
     handle: TeachState,  # with labels
     index: int,  # of the image
