@@ -41,6 +41,7 @@ bench-pretrain: install-dev  ## pre-training against the plain ViTMAE loop of th
 
 compare: install-dev  ## masked autoencoding, DINO, iBOT and Hiera on equal CPU seconds; prints the kept table, ARGS=--fresh runs it all anew
 	@$(VENV)/bin/python tools/compare_objectives.py $(ARGS)
+	@$(VENV)/bin/python tools/compare_objectives.py --study longer $(ARGS)
 
 recipe: install-dev  ## the recipe of masked autoencoding, one thing changed at a time; then adapting against starting anew; ARGS=--fresh as above
 	@$(VENV)/bin/python tools/compare_objectives.py --study recipe $(ARGS)

@@ -18,6 +18,7 @@ _PUBLIC = {  # name: the module that defines it
     "pretrain_hiera": "hiera",
     "distill": "distill",
     "build_bank": "retrieval",
+    "empty_bank": "retrieval",
     "calibrate_novelty": "novelty",
     "suggest_next": "suggest",
     "finetune": "segment",

@@ -42,7 +42,7 @@ def patch_folds(
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)) % folds
         return order.to(image.device)[image]
     sides = [[record["height"], record["width"]] for record in bank.images]
-    height, width = torch.tensor(sides, device=image.device)[image].T
+    height, width = torch.tensor(sides, device=image.device).reshape(-1, 2)[image].mT
     middle, start = torch.where(height > width, height, width) // 2, torch.where(height > width, bank.y, bank.x)
     half, halo = (start >= middle).long(), bank.recipe.halo
     if bank.recipe.bank_shifts > 1 or halo:

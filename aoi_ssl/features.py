@@ -6,7 +6,7 @@
 __all__ = ['shift_offsets', 'grid_corner', 'grid_windows', 'embed', 'between_grids', 'WindowLayout', 'window_layout', 'recentre',
            'with_layers', 'layer_count', 'has_fast_bfloat16', 'in_bfloat16', 'Step', 'Balance', 'Centre', 'Whiten',
            'Steady', 'cosine_basis', 'Unplace', 'Place', 'FeatureSpace', 'restore_space', 'fit_space', 'grid_keys',
-           'sample_embeddings', 'drift_light', 'sample_drifted']
+           'nth_image', 'sample_embeddings', 'drift_light', 'sample_drifted']
 
 # %% ../nbs/api/12_features.ipynb #8624ab6b
 from collections.abc import Callable, Mapping, Sequence
@@ -434,8 +434,18 @@ def grid_keys(
     return space(recentre(grid, layout.owners) if centred else grid, layout.places.to(grid.device))
 
 # %% ../nbs/api/12_features.ipynb #2460af7a
+def nth_image(
+    images: object,  # a dataset, or a list of images (C, H, W) in [0, 1]
+    index: int,  # which
+) -> Tensor:  # (C, H, W) in [0, 1]
+    "One image, without a look at its labels."
+    if hasattr(images, "column_names"):
+        return to_unit(native_item(images, index, labels=False)["image"])
+    return torch.as_tensor(images[index])
+
+
 def sample_embeddings(
-    dataset,  # from `load_folder`; labels are not looked at
+    dataset,  # from `load_folder`, labels are not looked at; or a list of images (C, H, W) in [0, 1]
     encoder: Encoder,  # image -> grid of embeddings
     *,
     size: int = 512,  # side of an encoder window, pixels
@@ -452,7 +462,7 @@ def sample_embeddings(
     chosen = torch.randperm(len(dataset), generator=generator)[:images].sort().values.tolist()
     found = []
     for i in chosen:
-        image = to_unit(native_item(dataset, i, labels=False)["image"])[None]
+        image = nth_image(dataset, i)[None]
         x = embed(encoder, image if change is None else change(image), size=size)
         layout = window_layout(*image.shape[-2:], encoder.patch_size, size=size)
         x = (recentre(x, layout.owners) if centred else x)[0].flatten(0, 1).cpu()
@@ -473,7 +483,7 @@ def drift_light(
 
 
 def sample_drifted(
-    dataset,  # from `load_folder`; labels are not looked at
+    dataset,  # as for `sample_embeddings`
     encoder: Encoder,  # image -> grid of embeddings
     *,
     copies: int = 4,  # drifts of each image

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_RECALL', 'similarity_weights', 'attention_weights', 'distance_weights', 'Bank', 'to_keys', 'bank_index',
-           'list_recall', 'device_index', 'search_keys', 'search', 'patch_table', 'image_moments',
+           'list_recall', 'device_index', 'check_filled', 'search_keys', 'search', 'patch_table', 'image_moments',
            'bank_moments_by_image', 'like_devices', 'image_likeness', 'route', 'neighbour_weights', 'recall',
            'mask_length', 'lay_rows', 'patch_masks', 'voices', 'shared', 'predict_bank', 'regress', 'bank_moments',
            'fold_moments', 'fit_regression']
@@ -133,13 +133,22 @@ def device_index(
     return bank._cache["device index"][1:]
 
 
+def check_filled(
+    bank: Bank,  # to be searched
+) -> None:
+    "Raise `AoiError` for a bank that waits for labels."
+    if not len(bank.keys):
+        raise AoiError("The bank has 0 patches; one at least was expected. Add labelled images: bank.add(dataset).")
+
+
 def search_keys(
     bank: Bank,  # the bank
     queries: Tensor,  # (Q, d) of length 1
     k: int,  # neighbours
     devices: Sequence[str] | None = None,  # whose patches are asked; None: all
 ) -> tuple[Tensor, Tensor]:  # similarity and bank row, each (Q, k)
-    "The k nearest keys of the bank, or of some of its devices."
+    "The k nearest keys of the bank, or of some of its devices. Raises `AoiError` for an empty bank."
+    check_filled(bank)
     if devices is None:
         return bank_index(bank).search(queries, k)
     rows, index = device_index(bank, devices)
@@ -157,7 +166,8 @@ def search(
     k: int | None = None,  # neighbours; None: the bank's own number
     devices: Sequence[str] | None = None,  # whose patches are asked, from `route`; None: all
 ) -> tuple[Tensor, Tensor]:  # similarity and bank row, each (B * R * C, k); row -1: nothing known at that place
-    "The k neighbours of each patch. Raises `AoiError` if images of another size are compared as wholes."
+    "The k neighbours of each patch. Raises `AoiError` for an empty bank, and if images of another size are compared as wholes."
+    check_filled(bank)
     k = bank.k if k is None else k
     if bank.recipe.granularity == "patch":
         return search_keys(bank, to_keys(bank, grid, height, width, shift).flatten(0, 2), k, devices)
@@ -386,7 +396,7 @@ def fit_regression(
     penalty: float = 0.01,  # of the ridge, as a share of the mean variance
 ) -> None:
     "Fit the regression to all that the bank remembers."
-    if bank.recipe.decoder == "neighbours":
+    if bank.recipe.decoder == "neighbours" or not len(bank.keys):
         return
     parts = [*fold_moments(bank, bank.image.long()).values()]
     total = parts[0]

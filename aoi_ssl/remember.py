@@ -290,7 +290,7 @@ def join_rows(
 
 # %% ../nbs/api/13_remember.ipynb #d4429555
 def learn_space(
-    dataset,  # images to learn from; labels are not looked at
+    dataset,  # images to learn from, labels are not looked at; or a list of images (C, H, W) in [0, 1]
     encoder: Encoder,  # image -> grid of embeddings, as `build_bank` takes it
     *,
     method: str | Recipe = "aligned",  # a name in METHODS, or a recipe

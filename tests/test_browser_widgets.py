@@ -480,10 +480,11 @@ handle
 )
 ASK_TEACH = """
 import json, pathlib
-names = ("index", "tool", "brush", "error", "question", "state")
+names = ("index", "tool", "brush", "error", "question", "state", "cuts", "by_hand")
 print(json.dumps({n: getattr(handle, n) for n in names} | {
     "labels": handle.labels.sum((1, 2)).tolist(), "known": int(handle.known.sum()), "keys": len(handle.bank.keys),
-    "predicted": (handle.prediction > 0.5).sum((1, 2)).tolist(), "files": sorted(p.name for p in pathlib.Path("taught").glob("*.png"))}))
+    "predicted": (handle.prediction > np.array(handle.cuts)[:, None, None]).sum((1, 2)).tolist(),
+    "files": sorted(p.name for p in pathlib.Path("taught").glob("*.png"))}))
 """
 
 
@@ -619,6 +620,19 @@ def test_teach(bench):
     b.widget()
     known = "document.querySelector('.jp-Notebook .aoi').parentElement.aoi.views[0].source.whole?.planes[6]"
     b.page.wait_for_function(f"() => {known}?.some((v) => v > 0)")
+
+    threshold = b.page.get_by_role("slider", name="threshold of wire")  # a threshold by hand, and what it does to an accepted image
+    threshold.fill("1")
+    answer = b.ask(until=lambda a: a["by_hand"] == ["wire"])
+    assert answer["cuts"][0] == 1 and answer["predicted"][0] == 0
+    b.page.get_by_role("button", name="Accept").click()
+    note = b.page.locator(".aoi-odd li", has_text="wire covers 0.00%")
+    note.wait_for()
+    b.shoot("teach-odd")
+    b.page.get_by_role("button", name="Set by hand").click()
+    answer = b.ask(until=lambda a: a["by_hand"] == [] and a["cuts"][0] != 1)  # messages are handled beside the cells
+    assert 0 < answer["cuts"][0] < 1 and answer["error"] == ""
+    b.page.wait_for_function("([input, cut]) => Math.abs(input.value - cut) < 0.011", arg=[threshold.element_handle(), answer["cuts"][0]])
 
 
 # watch

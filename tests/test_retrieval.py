@@ -24,7 +24,7 @@ from aoi_ssl.predict import Segmenter, predict_image
 from aoi_ssl.recall import attention_weights, bank_index, list_recall, patch_masks, similarity_weights, to_keys
 from aoi_ssl.recall import search as search_bank
 from aoi_ssl.remember import Recipe, estimate_bank, learn_space, make_recipe, remember_image, turned
-from aoi_ssl.retrieval import MemoryBank, build_bank
+from aoi_ssl.retrieval import MemoryBank, build_bank, empty_bank, space_sample
 from aoi_ssl.search import ExactIndex, IVFIndex, MaskRows, aggregate, pack_bits, top_k, unpack_bits
 
 paper_bank = partial(build_bank, method="paper")
@@ -644,6 +644,59 @@ def test_thresholds_after_adding_are_those_of_building_at_once(dataset, pixels):
     whole = paper_bank(dataset, pixels, space=space, whiten=20, **options)
     assert all(getattr(grown, name).equal(getattr(whole, name)) for name in retrieval.BANK_TENSORS)
     assert grown.thresholds.equal(whole.thresholds)
+
+
+# --- a bank that waits for labels -----------------------------------------------------------------------------------
+
+
+def test_an_empty_bank_that_learns_is_the_bank_that_is_built(dataset, pixels):
+    for method in ("paper", "fast"):
+        whole = build_bank(dataset.select(range(4)), pixels, method=method)
+        space = whole.space if method == "fast" else None
+        grown = empty_bank(dataset, pixels, method=method, space=space)
+        assert grown.classes == list(CLASSES) and len(grown.keys) == len(grown.images) == 0 and grown.thresholds.tolist() == [0.5, 0.5]
+        assert grown.add(dataset.select(range(4))) is grown and grown.images == whole.images
+        assert all(getattr(grown, name).equal(getattr(whole, name)) for name in retrieval.BANK_TENSORS)
+        assert grown.k == whole.k and grown.thresholds.equal(whole.thresholds)
+
+
+def test_the_space_of_an_empty_bank_needs_no_labels(tmp_path, dataset, pixels):
+    bare = write(tmp_path, 5, unlabelled=range(5))  # the images of `dataset`, without their masks
+    listed = [row["image"] for row in dataset]
+    made = [empty_bank(images, pixels, CLASSES, method="fast", most=9).space.fingerprint()
+            for images in (dataset, bare, listed, dict(enumerate(listed)), [{"stem": "a", "image": image} for image in listed])]
+    assert set(made) == {learn_space(dataset, pixels, method="fast").fingerprint()}
+    some = [empty_bank(listed, pixels, CLASSES, method="fast", most=2, seed=seed).space.fingerprint() for seed in (0, 0, 1)]
+    assert some[0] == some[1] and len({*some, *made}) == 3
+
+
+def test_a_large_image_is_seen_in_its_middle():
+    wide = torch.arange(2 * 100 * 61.0).view(2, 100, 61)
+    (middle,) = space_sample([wide], size=32)
+    assert middle.equal(wide[:, 34:66, 14:46]) and space_sample([wide], size=128)[0].equal(wide)
+    assert [int(image[0, 0, 0]) for image in space_sample([torch.full((1, 8, 8), n) for n in range(9)], most=9)] == [*range(9)]
+
+
+def test_an_empty_bank_says_that_it_is(tmp_path, dataset, pixels):
+    bank = empty_bank(dataset, pixels, method="fast")
+    image = dataset[0]["image"]
+    for ask in (lambda b: b.predict(image[None]), lambda b: b.neighbours(image, 0, 0), lambda b: b.explain(image, 0, 0)):
+        with pytest.raises(AoiError, match="0 patches"):
+            ask(bank)
+    with pytest.warns(UserWarning, match="nothing to calibrate on"):
+        assert bank.calibrate().empty and len(bank.frame()) == 0
+    bank.save(tmp_path / "bank")
+    again = Segmenter.load(tmp_path / "bank").add(dataset.select([0, 1]))
+    assert again.space.fingerprint() == bank.space.fingerprint() and again.predict(image[None])[0].gt(0.5).any()
+    assert bank.merge(again).keys.equal(again.keys) and again.merge(bank).keys.equal(again.keys)
+    assert bank.using(decoder="mixture").add(dataset.select([0, 1])).regression is not None
+
+
+def test_an_empty_bank_needs_images_and_classes(dataset, pixels):
+    with pytest.raises(AoiError, match="0 images"):
+        empty_bank([], pixels, CLASSES)
+    with pytest.raises(AoiError, match="classes is None"):
+        empty_bank([dataset[0]["image"]], pixels)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Pre-training on equal terms: the same images, crops and CPU seconds, judged on devices that none of the runs saw.
 
     python tools/compare_objectives.py                  # masked autoencoding, DINO, iBOT and Hiera
+    python tools/compare_objectives.py --study longer   # the first three, for ten times as long
     python tools/compare_objectives.py --study recipe   # one thing changed at a time
     python tools/compare_objectives.py --study adapt    # going on from the shipped encoder against starting from scratch
 
@@ -31,8 +32,8 @@ class Study:
 
 
 STUDIES = {
-    "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera", "pixels,random,aoi-mae-tiny,pixels-p8,random-p8", 300, 3,
-                        (0.1, 0.25, 0.5, 1.0)),
+    "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera", "pixels,random,pixels-p8,random-p8", 30, 3),
+    "longer": Study("mae,dino,ibot", "pixels,random,aoi-mae-tiny", 300, 1, (0.1, 0.25, 0.5, 1.0)),
     "recipe": Study(
         "default,mask 0.5,mask 0.85,patch 8,raw targets,decoder 64,decoder 256,no augmentation,6 devices,budget / 4,budget x 4",
         "pixels,random", 30, 2, (1.0,)),

@@ -88,16 +88,46 @@ class Teacher {
     this.names = make("select", { class: "aoi-select", "aria-label": "image", onchange: () => this.send("go", { index: this.names.selectedIndex }) });
     const pager = make("div", { class: "aoi-pager" }, button("Previous image (Shift+N)", () => this.step(-1), { glyph: "previous" }), this.names,
       button("Next image (N)", () => this.step(1), { glyph: "next" }), button("The image that would teach most", () => this.send("suggest"), { glyph: "star" }));
-    this.facts = make("table", { class: "aoi-table" });
+    this.rows = this.classes.map((name, k) => this.classRow(name, k));
+    this.unlabelled = make("td", {});
+    this.facts = make("table", { class: "aoi-table" }, make("tr", {}, ["", "labelled", "predicted", "threshold"].map((text) => make("th", {}, text))),
+      this.rows.map((row) => row.root), make("tr", {}, make("th", {}, "unlabelled"), this.unlabelled));
     const act = (text, title, kind, glyph) => button(title, () => this.send(kind), { text, glyph });
     this.bankButton = act("Into the bank", "Put the labels of this image into the bank", "learn", "bank");
     const actions = make("div", { class: "aoi-actions" }, act("Accept", "Accept the prediction wherever nothing is labelled (A)", "accept", "check"),
       act("Rest is background", "All that is not labelled is background", "rest"), this.bankButton, act("Save", "Save the masks of all images that have labels", "save", "save"));
     this.question = make("div", { class: "aoi-question", role: "alertdialog", hidden: true });
     this.bankLine = make("p", { class: "aoi-note" });
-    const side = make("div", { class: "aoi-side" }, pager, this.facts, actions, this.question,
+    this.odd = make("ul", { class: "aoi-odd", role: "status", "aria-label": "look again" });
+    const side = make("div", { class: "aoi-side aoi-wide" }, pager, this.facts, actions, this.question, this.odd,
       make("div", { class: "aoi-group" }, toggle(this.model, "learning", "Learn from each stroke", "Put the labels into the bank after each stroke, and predict anew")), this.bankLine, this.views[1].root);
     this.page.body.append(this.views[0].root, side);
+  }
+
+  /** A class in the table: its shares, its threshold, and a way to give a threshold that was set by hand back to the bank. */
+  classRow(name, k) {
+    const input = make("input", { type: "range", min: 0, max: 1, step: 0.02, "aria-label": `threshold of ${name}`, title: "Above this probability a pixel is predicted" });
+    const output = make("button", { type: "button", class: "aoi-held", onclick: () => this.send("release", { class: name }) });
+    const labelled = make("td", {}), predicted = make("td", {});
+    input.addEventListener("input", () => { // drawn at once, told to Python at the end
+      this.model.set("cuts", this.get("cuts").map((v, i) => (i === k ? Number(input.value) : v)));
+    });
+    input.addEventListener("change", () => this.model.save_changes());
+    const root = make("tr", {}, make("th", {}, swatch(name, this.get("class_colours")[k])), labelled, predicted, make("td", {}, make("span", { class: "aoi-cut" }, input, output)));
+    return { root, labelled, predicted, input, output };
+  }
+
+  showCuts() {
+    const cuts = this.get("cuts"), mine = this.get("by_hand");
+    this.rows.forEach(({ input, output }, k) => {
+      const name = this.classes[k], hand = mine.includes(name), value = cuts[k].toFixed(2);
+      input.value = cuts[k];
+      input.setAttribute("aria-valuetext", `${value}, ${hand ? "set by hand" : "chosen by the bank"}`);
+      output.textContent = value;
+      output.disabled = !hand;
+      output.title = hand ? `Set by hand. Click: the bank chooses the threshold of ${name} again` : "Chosen by the bank";
+      output.setAttribute("aria-label", output.title);
+    });
   }
 
   watch() {
@@ -111,6 +141,7 @@ class Teacher {
     watchTraits(model, "brush", () => this.swatches.forEach((s, k) => s.setAttribute("aria-pressed", String((this.classes[k] ?? "background") === this.get("brush")))));
     watchTraits(model, ["state", "names", "index"], () => this.showState());
     watchTraits(model, "question", () => this.showQuestion());
+    watchTraits(model, ["cuts", "by_hand"], () => this.showCuts());
     for (const name of ["index", "tool"]) model.on(`change:${name}`, () => { this.shape = null; this.cursor = null; redraw(); });
   }
 
@@ -123,10 +154,12 @@ class Teacher {
     this.undo.disabled = !s.undo;
     this.redo.disabled = !s.redo;
     if (s.shares == null) return;
-    const colours = this.get("class_colours"), row = (head, a, b) => make("tr", {}, make("th", {}, head), make("td", {}, a), make("td", {}, b));
-    this.facts.replaceChildren(make("tr", {}, make("th", {}, ""), make("th", {}, "labelled"), make("th", {}, "predicted")),
-      ...this.classes.map((name, k) => row(swatch(name, colours[k]), percent(s.shares[k]), s.predicted ? percent(s.predicted[k]) : "–")),
-      row("unlabelled", percent(s.unlabelled), ""));
+    this.rows.forEach((row, k) => {
+      row.labelled.textContent = percent(s.shares[k]);
+      row.predicted.textContent = s.predicted ? percent(s.predicted[k]) : "–";
+    });
+    this.unlabelled.textContent = percent(s.unlabelled);
+    this.odd.replaceChildren(...(s.odd ?? []).map((text) => make("li", {}, text)));
     this.bankLine.textContent = s.hint || s.bank;
   }
 
