@@ -119,11 +119,6 @@ class MemoryBank(Segmenter):
         "A bank from labelled images; see `build_bank`."
         return build_bank(dataset, encoder, **options)
 
-    @staticmethod
-    def empty(images, encoder: Encoder, classes: Sequence[str] | None = None, **options) -> "MemoryBank":
-        "A bank that waits for labels; see `empty_bank`."
-        return empty_bank(images, encoder, classes, **options)
-
     def _save(self, folder: Path) -> dict:
         return _save_bank(self, folder)
 
