@@ -622,7 +622,7 @@ def one_sided(
     own = [handle.labels_of(i) for i in handle._touched]
     return [k for k in range(len(handle.classes)) if not any((labels.known & ~labels.mask[k]).any() for labels in own)]
 
-# %% ../nbs/api/21_teach.ipynb #4dfa8c71
+# %% ../nbs/api/21_teach.ipynb #f4443b99
 def teach_calibrate(
     handle: TeachState,  # its bank has learned
     *,
@@ -671,7 +671,7 @@ def tell_cuts(
     step = {"do": "cuts", "image": handle.names[handle.index], "cuts": handle.cuts, "by_hand": handle.by_hand}
     handle.journal.write(step | {"k": bank.k, "bank": bank_kind(bank)})
 
-# %% ../nbs/api/21_teach.ipynb #9a049f8f
+# %% ../nbs/api/21_teach.ipynb #68b058c4
 def cuts_moved(
     handle: TeachState,  # its `cuts` have changed
 ) -> None:
@@ -717,7 +717,7 @@ def set_threshold(
         teach_state(handle)
     return handle
 
-# %% ../nbs/api/21_teach.ipynb #0a573a7f
+# %% ../nbs/api/21_teach.ipynb #8218c6dc
 def bank_state(
     bank: MemoryBank,  # any
 ) -> tuple:  # to be compared
@@ -764,7 +764,7 @@ def after_cells(
     if shell is not None:
         shell.events.register("post_run_cell", after)
 
-# %% ../nbs/api/21_teach.ipynb #67738bdf
+# %% ../nbs/api/21_teach.ipynb #4f28defd
 def restore_cuts(
     handle: TeachState,  # its bank has learned what the journal says
     step: Mapping | None,  # the last thresholds in the journal; None: it has none
@@ -782,7 +782,7 @@ def restore_cuts(
     else:
         teach_calibrate(handle)
 
-# %% ../nbs/api/21_teach.ipynb #cb4c9023
+# %% ../nbs/api/21_teach.ipynb #235a48a0
 def odd_shares(
     handle: TeachState,  # with labels
     index: int,  # of the image
