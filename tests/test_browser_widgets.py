@@ -233,7 +233,7 @@ def test_explore(bench):
     b = bench("explore.ipynb", EXPLORE, ASK_EXPLORE, height=1150)
     b.run(0)
     b.widget()
-    b.shoot("explore-before", page=True)
+    b.shoot("explore-before")
     wires, others = wire_patches()
     row, column = wires[len(wires) // 2].tolist()
     before = b.colours((wires + 0.5) * 16)
@@ -370,7 +370,7 @@ print(json.dumps({n: getattr(handle, n) for n in names} | {
 @everywhere
 def test_inspect(bench):
     "A threshold changes the mask and the IoU; errors; why this pixel; a class off; zoom in both."
-    b = bench("inspect.ipynb", INSPECT, ASK_INSPECT, height=1150)
+    b = bench("inspect.ipynb", INSPECT, ASK_INSPECT, height=1400)
     b.run(0)
     b.widget()
     b.page.locator(".aoi-line b", has_text="IoU 0").first.wait_for()
