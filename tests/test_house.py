@@ -245,6 +245,13 @@ def test_the_sidebar_has_every_notebook():
     assert named == {p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS}
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name != "api"], ids=lambda p: p.stem)
+def test_a_page_uses_what_its_readers_may_use(path):
+    cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    private = re.compile(r"^from aoi_ssl\S* import .*\b_[a-z]\w*|\b(?:aoi|aoi_ssl|show|benchmark|search)\._[A-Za-z]\w*", re.M)
+    assert not (found := [m[0] for c in cells for m in private.finditer("".join(c["source"]))]), found
+
+
 # tools
 
 
