@@ -4,7 +4,7 @@
     python tools/weights_eval.py --ship aoi-mae-small runs/new  # replace the shipped weights, if the new ones are better
 
 Three labelled images of each device (five of a board) in a bank, mIoU on others, as they were and drifted. Thresholds and k come from
-the bank. Counts are kept; --fresh counts anew. About ten minutes of one core. Weights to ship are chosen on devices of another seed."""
+the bank. Counts are kept; --fresh counts anew. About half an hour of one core. Weights to ship are chosen on devices of another seed."""
 
 import argparse
 import shutil
@@ -29,28 +29,34 @@ def encoders(names: list[str]) -> dict:
     return found | rivals(found[names[0]])
 
 
-def on_devices(names: list[str], work: Path, *, devices: int, seed: int):
-    "Counts on rendered devices as they were, and drifted: two images of each. What has learned nothing may also whiten as suits it best."
+def counts_of(names: list[str], data: dict, **options):
+    "Counts of all encoders by both methods. What has learned nothing may also whiten as suits it best."
     import pandas as pd
 
     from aoi_ssl import benchmark
 
-    data = benchmark.arena(work / "arena", devices=devices, images=5, size=384, seed=seed, drifts=(0.0, 0.5, 1.0), workers=2)
     found = encoders(names)
     untaught, best = {n: e for n, e in found.items() if n not in names}, {"aligned, by variance": benchmark.VARIANCE}
     jobs = (found, METHODS), (untaught, best)
-    return pd.concat([benchmark.few_shot_counts(*job, data, cache=work / "counts") for job in jobs], ignore_index=True)
+    return pd.concat([benchmark.few_shot_counts(*job, data, **options) for job in jobs], ignore_index=True)
+
+
+def on_devices(names: list[str], work: Path, *, devices: int, seed: int):
+    "Counts on rendered devices as they were, and drifted: two images of each."
+    from aoi_ssl.benchmark import arena
+
+    data = arena(work / "arena", devices=devices, images=5, size=384, seed=seed, drifts=(0.0, 0.5, 1.0), workers=2)
+    return counts_of(names, data, cache=work / "counts")
 
 
 def on_boards(names: list[str], work: Path, *, boards: int):
-    "Counts on the first boards of DeepPCB: four images of each."
-    from aoi_ssl import benchmark
+    "Counts on the first boards of DeepPCB: four images of each, five others labelled."
+    from aoi_ssl.benchmark import by_device
     from aoi_ssl.data import load_folder
 
     whole = load_folder(BOARDS, classes=DEFECTS)["labelled"]
-    devices = list(benchmark.by_device(whole))[:boards]
-    options = {"devices": devices, "labels": 5, "tests": 4, "cache": work / "counts"}
-    return benchmark.few_shot_counts(encoders(names), {"paper": METHODS["paper"]}, {"boards": whole}, **options)
+    devices = list(by_device(whole))[:boards]
+    return counts_of(names, {"boards": whole}, devices=devices, labels=5, tests=4, cache=work / "counts")
 
 
 def ship(name: str, run: Path, work: Path, *, devices: int) -> None:
@@ -76,7 +82,8 @@ def ship(name: str, run: Path, work: Path, *, devices: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ship", nargs=2, metavar=("NAME", "RUN"), help="replace these weights by those of a run")
-    parser.add_argument("--devices", type=int, default=4, help="rendered devices, and boards")
+    parser.add_argument("--devices", type=int, default=4, help="rendered devices")
+    parser.add_argument("--boards", type=int, default=2, help="of DeepPCB")
     parser.add_argument("--fresh", action="store_true", help="forget the counts that are kept")
     scratch = Path(tempfile.gettempdir()) / "aoi_weights"
     parser.add_argument("--work", type=Path, default=scratch, help="pictures, and counts of an unfinished run")
@@ -96,7 +103,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     counts = [kept_frame(kept["devices"], lambda: on_devices(names, args.work, devices=args.devices, seed=REPORT))]
     if kept["boards"].exists() or BOARDS.is_dir():
-        counts.append(kept_frame(kept["boards"], lambda: on_boards(names, args.work, boards=args.devices)))
+        counts.append(kept_frame(kept["boards"], lambda: on_boards(names, args.work, boards=args.boards)))
     for part in counts:
         print(few_shot_table(part).round(3).to_string(), end="\n\n")
 
