@@ -45,9 +45,9 @@ class Features:
 
     def __call__(
         self,
-        layer: int | None,  # see `show.layer_encoder`
+        layer: int | None,  # see `similar.layer_encoder`
         space: str,  # "plain" or "whitened"
-    ) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:  # as `show.feature_grids`
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:  # as `similar.feature_grids`
         "The grids of all images, and the whitening if there is one."
         if (layer, space) not in self.known:
             if space == "plain":
@@ -136,7 +136,7 @@ class Explorer(ExploreTraits):
 
     @property
     def neighbours(self) -> pd.DataFrame:
-        "The patches of the bank nearest to what is held; see `show.bank_neighbours`."
+        "The patches of the bank nearest to what is held; see `similar.bank_neighbours`."
         return explore_neighbours(self)
 
     def hold(self, y: int, x: int, *, image: int = 0, add: bool = False, minus: bool = False) -> "Explorer":
@@ -167,7 +167,7 @@ def explore_embed(
 # %% ../nbs/api/19_explore.ipynb #d85f2e30
 def explore_neighbours(
     handle: Explorer,  # with something held
-) -> pd.DataFrame:  # as `show.bank_neighbours`
+) -> pd.DataFrame:  # as `similar.bank_neighbours`
     "The neighbours in the bank. Raises `AoiError` if there is no bank, nothing is held, or the layer is not the bank's."
     if handle.bank is None:
         raise AoiError("There is no bank to look in. Pass one: explore(image, encoder, bank).")
@@ -216,7 +216,7 @@ def explore(
     bank: object = None,  # a MemoryBank to look for neighbours in
     *,
     others: Sequence = (),  # more images to look for the patch in, of any size
-    held: Sequence = (),  # pixels (y, x) whose patches are held; or dicts, see `show.as_held`
+    held: Sequence = (),  # pixels (y, x) whose patches are held; or dicts, see `similar.as_held`
     bank_images: object = None,  # where the bank's images are: a dataset, or a mapping stem -> image
     k: int = 6,  # neighbours
     layer: int | None = None,  # block to read out; None: what the encoder itself gives
