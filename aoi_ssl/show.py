@@ -32,7 +32,7 @@ from .canvas import pool_counts, wrap_text, write_text
 from .core import AoiError
 from .data import native_item
 from .files import to_unit
-from .predict import predict_image
+from .predict import plain_thresholds, predict_image
 from .recall import patch_masks
 from .similar import as_held, feature_grids, held_query, neighbours_of_held, pca_colours, plain_keys, similarity_map
 from .views import compare, errors, gallery, lights, overlay
@@ -534,7 +534,7 @@ def inspect(
     "What the widget `inspect` shows. Raises `AoiError` for what does not fit."
     named = name_segmenters(segmenters)
     found = {n: predict_image(s, torch.as_tensor(checked_image(image))).numpy() for n, s in named.items()}
-    own = {n: s.thresholds.tolist() for n, s in named.items()} | dict(thresholds or {})
+    own = {n: plain_thresholds(s) for n, s in named.items()} | dict(thresholds or {})
     novelty = novelty_maps(named, image) if overlay == "novelty" else None
     classes = next(iter(named.values())).classes
     look = {"shown": shown, "overlay": overlay, "opacity": opacity, "light": light, "stretch": stretch, "width": width}
@@ -744,7 +744,7 @@ def watch(
         maps[name] = similarity_map(grid, grid[tuple(int(n) // patch for n in held)]).numpy()
     return watched(histories, rebuilt, pixels, maps, held, patch=patch, log=log, light=light, width=width)
 
-
+# %% ../nbs/api/17_show.ipynb #7095bfce
 def watched(
     histories: Mapping[str, pd.DataFrame],  # name -> history
     rebuilt: object = None,  # a `pretrain.Reconstruction` of one image, if there is one

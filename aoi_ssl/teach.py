@@ -497,7 +497,7 @@ def teach_do(
         _do(handle, {"image": handle.names[handle.index], **step})
     return handle
 
-
+# %% ../nbs/api/21_teach.ipynb #cf238b26
 def _do(handle: Teacher, step: dict) -> None:
     teach_notice(handle)
     if step["do"] == "paint":
@@ -516,7 +516,7 @@ def _do(handle: Teacher, step: dict) -> None:
                 teach_calibrate(handle)
         teach_send(handle)
 
-
+# %% ../nbs/api/21_teach.ipynb #4e90f459
 def apply_step(
     handle: TeachState,  # whose labels are changed
     index: int,  # of the image
@@ -551,7 +551,7 @@ def apply_step(
         labels.change(where, new, name is not None)
     return True
 
-
+# %% ../nbs/api/21_teach.ipynb #629e9e35
 def replay(
     handle: TeachState,  # new
 ) -> None:
@@ -840,7 +840,7 @@ def teach_planes(
         parts = [own.mask.astype(np.uint8) * 255, own.known.astype(np.uint8)[None] * 255, *parts]
     return np.concatenate(parts)
 
-
+# %% ../nbs/api/21_teach.ipynb #98bc3245
 def teach_show(
     handle: TeachState,  # its index has changed
 ) -> None:
@@ -857,7 +857,7 @@ def teach_show(
         handle.sources, handle.overviews = [p.meta() for p in planes], [p.overview() for p in planes]
     teach_state(handle)
 
-
+# %% ../nbs/api/21_teach.ipynb #8174c6fb
 def teach_went(
     handle: TeachState,  # its index has changed
 ) -> None:
@@ -867,7 +867,7 @@ def teach_went(
             teach_calibrate(handle)
         teach_show(handle)
 
-
+# %% ../nbs/api/21_teach.ipynb #ffdd5f3d
 def teach_send(
     handle: TeachState,  # something in it has changed
 ) -> None:
@@ -879,7 +879,7 @@ def teach_send(
         handle.send(message | {"count": len(planes.data) - planes.lights}, buffers=planes.overview(start=planes.lights))
     teach_state(handle)
 
-
+# %% ../nbs/api/21_teach.ipynb #fb5f392c
 def teach_state(
     handle: TeachState,  # its `state` is set
 ) -> None:
@@ -902,7 +902,7 @@ def teach_state(
         "bank": f"In the bank: {len(bank.keys)} patches, images: {len(bank.images)}.",
     }
 
-
+# %% ../nbs/api/21_teach.ipynb #a54b0541
 def teach_progress(
     handle: TeachState,  # with labels
 ) -> pd.DataFrame:  # stem, labelled, a share of pixels for each class, in_bank

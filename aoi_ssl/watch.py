@@ -200,14 +200,14 @@ def read_all(
         any(f[2] for f in found.values()),
     )
 
-
+# %% ../nbs/api/21_watch.ipynb #5039fad2
 def rebuilds(
     model: object | None,  # from `read_run`
 ) -> bool:  # whether it is an autoencoder
     "Whether a model can draw what is hidden."
     return isinstance(model, Pretrained | ViTMAEForPreTraining)
 
-
+# %% ../nbs/api/21_watch.ipynb #2b3399ab
 def as_pretrained(
     model: Pretrained | ViTMAEForPreTraining,  # from `read_run`
     image: Tensor,  # (C, H, W) in [0, 1]
@@ -218,7 +218,7 @@ def as_pretrained(
     encoder = ViTEncoder(model.vit, mean=image.mean((1, 2)), std=image.std((1, 2)).clamp(min=1e-3))
     return Pretrained(encoder, model, pd.DataFrame())
 
-
+# %% ../nbs/api/21_watch.ipynb #b379abab
 def watch_rebuild(
     handle: Watcher,  # its `rebuilt` is set
 ) -> None:
@@ -236,14 +236,14 @@ def watch_rebuild(
     with handle.hold_sync():
         handle.sources, handle.overviews = [p.meta() for p in planes], [p.overview() for p in planes]
 
-
+# %% ../nbs/api/21_watch.ipynb #1592d22e
 def watch_compare(
     handle: Watcher,  # its `maps` are set
 ) -> None:
     "Send what each snapshot finds similar to the held patch."
     handle.maps = [(m.clip(0, 1) * 255).round().astype(np.uint8).tobytes() for m in handle.similarities.values()]
 
-
+# %% ../nbs/api/21_watch.ipynb #4b25ddb2
 def watch_status(
     handle: Watcher,  # its `status` is set
 ) -> None:
@@ -259,7 +259,7 @@ def watch_status(
         words.append(f"{name + ': ' if name else ''}{len(history)} steps{time}{loss}")
     handle.status = "; ".join(words) + ("; running" if handle.live else "")
 
-
+# %% ../nbs/api/21_watch.ipynb #96e2fdb4
 def watch_poll(
     handle: Watcher,  # changed if there is news
 ) -> bool:  # whether there is
