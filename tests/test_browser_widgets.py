@@ -26,6 +26,10 @@ TIMED = """w.clicked = [];
 w.views[0].viewer.canvas.addEventListener("pointerup", (e) => (w.start = e.timeStamp), true);
 w.views[0].viewer.onDrawn = () => { if (w.start) { w.clicked.push(performance.now() - w.start); w.start = 0; } };
 return 0;"""
+COUNTED = """w.products = 0;
+const similarity = w.grids.similarity.bind(w.grids);
+w.grids.similarity = (...all) => { w.products++; return similarity(...all); };
+return 0;"""
 BEGUN = """([i, before]) =>
   document.querySelectorAll(".jp-Notebook .jp-CodeCell")[i].querySelector(".jp-InputPrompt").innerText !== before"""
 RAN = """([i, before]) => {
@@ -326,9 +330,11 @@ def test_explore_large_and_dark(bench):
     b.run(0)
     b.widget()
     b.js(TIMED)
+    b.js(COUNTED)
     for y, x in [(500, 500), (900, 1300), (1500, 700)]:
         b.page.mouse.click(*b.at(y, x))
         b.settle()
+    assert b.js("return w.products;") == 3  # a click costs one product of all embeddings, not two
     print("\nclick to picture, 2048x2048, ms:", [round(t) for t in b.js("return w.clicked;")])
     b.page.locator(".aoi-main canvas").first.focus()
     for _ in range(6):

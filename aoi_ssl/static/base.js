@@ -185,6 +185,7 @@ export class Source {
     if (this.files !== files) return;
     Object.assign(this, { meta, whole: { ...whole, key: "whole", x: 0, y: 0, side: 2 ** meta.level } });
     this.tiles.clear();
+    this.stretched = null;
     this.version++;
     this.ready?.(this);
   }
@@ -246,9 +247,14 @@ function lightWeights(meta, light) {
 
 /** The grey values that become black and white: those of the file, or the middle 99 % of what is there. */
 function lightRange(source, stretch) {
-  const { black, white, lights } = source.meta;
+  const { black, white } = source.meta;
   const full = [(0 - black) / (white - black) * 255, (1 - black) / (white - black) * 255];
-  if (!stretch) return full;
+  return stretch ? (source.stretched ??= middle(source) ?? full) : full;
+}
+
+/** The ends of the middle 99 % of the grey values of a source; none if they are all alike. */
+function middle(source) {
+  const { lights } = source.meta;
   const counts = new Uint32Array(256);
   for (const plane of source.whole.planes.slice(0, lights)) for (let i = 0; i < plane.length; i += 3) counts[plane[i]]++;
   const total = counts.reduce((a, b) => a + b, 0), ends = [];
@@ -257,7 +263,7 @@ function lightRange(source, stretch) {
     while (value < 255 && (sum += counts[value]) < share * total) value++;
     ends.push(value);
   }
-  return ends[1] > ends[0] ? ends : full;
+  return ends[1] > ends[0] ? ends : null;
 }
 
 /** Colour the lights of one part into a canvas; kept, so that zooming costs nothing. */

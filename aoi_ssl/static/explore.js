@@ -124,7 +124,7 @@ class Explorer {
     const { model } = this, redraw = () => this.views.forEach((v) => v.viewer.draw());
     for (const name of ["light", "stretch", "opacity", "threshold", "colours", "overlay", "limits"]) model.on(`change:${name}`, () => { redraw(); this.legend(); });
     for (const name of ["light", "stretch"]) model.on(`change:${name}`, () => { this.showPatches(); this.showHeld(); this.place.viewer?.draw(); });
-    model.on("change:packed_scales", () => { this.grids.load(); this.pca = null; this.update(); });
+    model.on("change:packed_scales", () => { this.grids.load(); this.pca = this.asked = null; this.update(); });
     model.on("change:pca", () => { this.pca = null; redraw(); });
     model.on("change:held", () => this.update());
     model.on("change:view", () => { const v = this.get("view"); this.views[0].viewer.setView(v, { tell: false }); });
@@ -144,7 +144,6 @@ class Explorer {
     const same = (h) => h.image === one.image && h.row === one.row && h.column === one.column;
     if (add && held.some(same)) put(this.model, { held: held.filter((h) => !same(h)) });
     else put(this.model, { held: add ? [...held, { ...one, minus }] : [{ ...one, minus: false }] });
-    this.update();
   }
 
   onHover(image, p) {
@@ -175,8 +174,12 @@ class Explorer {
   update({ hover = false } = {}) {
     const held = this.get("held"), shown = held.length ? held : this.current() ? [this.current()] : [];
     if (!hover || !held.length) {
-      const query = shown.length && this.grids.query(shown);
-      this.maps = shown.length ? this.views.map((_, i) => this.grids.similarity(i, query)) : null;
+      const asked = JSON.stringify(shown);
+      if (asked !== this.asked) {  // a large image has many millions of products
+        const query = shown.length && this.grids.query(shown);
+        this.maps = shown.length ? this.views.map((_, i) => this.grids.similarity(i, query)) : null;
+        this.asked = asked;
+      }
     }
     this.views.forEach((v) => v.viewer.draw());
     this.legend();
