@@ -324,9 +324,9 @@ def _curve_frame(
     classes: Sequence[str],  # K names
 ) -> pd.DataFrame:  # a row per k, beta, mix, class and threshold: tp, fp, fn, support, iou, dice, precision, recall
     "The curves of a cross-validation as a table."
+    cuts = [round(threshold, 6) for threshold in THRESHOLDS.tolist() for _ in classes]
     frames = [
-        counts_frame(at, classes, **setting._asdict(), threshold=round(threshold, 6))
+        counts_frame(curve.flatten(0, 1), [*classes] * len(curve), **setting._asdict(), threshold=cuts)
         for setting, curve in counts.items()
-        for threshold, at in zip(THRESHOLDS.tolist(), curve, strict=True)
     ]
     return scores(pd.concat(frames), by=("k", "beta", "mix", "class", "threshold"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'check_images', 'mirror', 'pad_to', 'to_windows', 'from_windows', 'quiet', 'Encoder', 'PixelEncoder',
            'sincos_positions', 'initialise_mae', 'freeze_positions', 'mae_config', 'new_vit', 'open_vit',
-           'block_outputs', 'ViTEncoder', 'adapt_channels', 'feature_maps', 'BackboneEncoder']
+           'grid_positions', 'block_outputs', 'ViTEncoder', 'adapt_channels', 'feature_maps', 'BackboneEncoder']
 
 # %% ../nbs/api/08_encoder.ipynb #89556bdf
 import hashlib
@@ -401,6 +401,24 @@ def open_vit(
     return opened.eval()
 
 # %% ../nbs/api/08_encoder.ipynb #8e8550fe
+def grid_positions(
+    vit: ViTMAEModel,  # its positions are interpolated
+    hidden: Tensor,  # (B, 1 + h * w, D) embeddings of an image
+    height: int,  # pixels of the image
+    width: int,  # pixels
+) -> Tensor:  # (1, 1 + h * w, D)
+    "The position embeddings of a grid of another size than that of the crops; those that do not learn are kept for later calls."
+    given = vit.embeddings.position_embeddings
+    if given.requires_grad:
+        return vit.embeddings.interpolate_pos_encoding(hidden, height, width)
+    kept, key = vit.__dict__.setdefault("kept_positions", {}), (height, width, id(given), given._version, given.device, given.dtype)
+    if key not in kept:
+        if len(kept) == 8:  # an image on shifted grids has four sizes
+            kept.clear()
+        kept[key] = vit.embeddings.interpolate_pos_encoding(hidden, height, width)
+    return kept[key]
+
+# %% ../nbs/api/08_encoder.ipynb #40a0cc41
 def block_outputs(
     vit: ViTMAEModel,  # its positions are interpolated to the image
     pixels: Tensor,  # (B, C, H, W), normalised, sides a multiple of the patch size
@@ -410,7 +428,7 @@ def block_outputs(
     height, width = pixels.shape[-2:]
     hidden = vit.embeddings.patch_embeddings(pixels)
     hidden = torch.cat([vit.embeddings.cls_token.expand(len(hidden), -1, -1), hidden], dim=1)
-    hidden = hidden + vit.embeddings.interpolate_pos_encoding(hidden, height, width)
+    hidden = hidden + grid_positions(vit, hidden, height, width)
     found, patch = [], vit.config.patch_size
     for number, block in enumerate(vit.layers[: layers[-1]], start=1):
         hidden = block(hidden)

@@ -49,7 +49,7 @@ def _same(name: str, value: Tensor, pred: Tensor) -> Tensor:
 def counts_frame(
     counts: Tensor,  # (K, 3) from `binary_counts`
     classes: Sequence[str],  # K names
-    **labels: object,  # columns with the same value in every row: stem, device, method, ...
+    **labels: object,  # further columns, stem, device, method ...: one value for all rows, or a list of K
 ) -> pd.DataFrame:  # K rows: the labels, class, tp, fp, fn
     "Counts as tidy rows, one for each class. Raises `AoiError` if the number of names does not fit."
     counts = torch.as_tensor(counts)

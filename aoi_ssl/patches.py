@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patchify_mask', 'shows_any', 'unpatchify_mask', 'rim_weights', 'lay', 'Moments', 'with_one', 'moments', 'solve_ridge',
-           'box_mean', 'guided_filter']
+           'box_mean', 'solve_pixels', 'guided_filter']
 
 # %% ../nbs/api/12_patches.ipynb #574a28d1
 from typing import NamedTuple
@@ -142,7 +142,23 @@ def box_mean(
         maps = total / (count[:, None] if side == -2 else count)
     return maps
 
+# %% ../nbs/api/12_patches.ipynb #d16e8168
+def solve_pixels(
+    matrix: Tensor,  # (B, L, L, H, W), symmetric and positive definite at each pixel
+    right: Tensor,  # (B, L, K, H, W)
+) -> Tensor:  # (B, L, K, H, W)
+    "The solution of a small system at each pixel, by Gauss-Jordan elimination of all of them at once."
+    matrix, right = matrix.clone(), right.clone()
+    for i in range(matrix.shape[1]):
+        for side in (right, matrix):  # the matrix last: it holds the factors
+            side[:, i] /= matrix[:, i, i, None].clone()
+        for j in set(range(matrix.shape[1])) - {i}:
+            factor = matrix[:, j, i, None].clone()
+            for side in (right, matrix):
+                side[:, j] -= factor * side[:, i]
+    return right
 
+# %% ../nbs/api/12_patches.ipynb #389fac45
 def guided_filter(
     maps: Tensor,  # (B, K, H, W) in [0, 1]
     guide: Tensor,  # (B, C, H, W) in [0, 1], the lights
@@ -157,8 +173,7 @@ def guided_filter(
     variance = box_mean(products, radius).unflatten(1, (lights, lights)) - mean_g[:, :, None] * mean_g[:, None]
     joint = box_mean((guide[:, :, None] * maps[:, None]).flatten(1, 2), radius).unflatten(1, (lights, -1))
     joint = joint - mean_g[:, :, None] * mean_p[:, None]
-    steady = variance.permute(0, 3, 4, 1, 2) + smooth * torch.eye(lights, device=maps.device)
-    slope = torch.linalg.solve(steady, joint.permute(0, 3, 4, 1, 2)).permute(0, 3, 4, 1, 2)
+    slope = solve_pixels(variance + smooth * torch.eye(lights, device=maps.device)[..., None, None], joint)
     offset = mean_p - (slope * mean_g[:, :, None]).sum(1)
     slope = box_mean(slope.flatten(1, 2), radius).unflatten(1, (lights, -1))
     return ((slope * guide[:, :, None]).sum(1) + box_mean(offset, radius)).clamp(0, 1)

@@ -189,11 +189,12 @@ def remember_image(
     parts, whole, p = [], None, encoder.patch_size
     for turn in range(recipe.turns):
         image, mask, known = (turned(x, turn) for x in (item["image"], item["mask"] & ~ignore, ~ignore))
-        seen, edges = known.any(0), class_edges(mask)
+        seen, gaps, edges = known.any(0), ~known.all(0), class_edges(mask)
         for place, (shift, keys, mean) in enumerate(_image_keys(image, encoder, recipe, space, size)):
             whole = space(mean[None], torch.full((1, 2), 0.5, device=mean.device)).cpu() if whole is None else whole
-            touched = (seen,) if place < min(16, recipe.bank_shifts) else (seen, edges)
-            part = _remember_grid(keys.cpu(), mask, known, p, shift, recipe.halo, touched)
+            touched = [] if seen.all() else [seen]
+            touched += [] if place < min(16, recipe.bank_shifts) else [edges]
+            part = _remember_grid(keys.cpu(), mask, known, p, shift, recipe.halo, touched, gaps if gaps.any() else None)
             part["y"], part["x"] = turned_back(part["y"], part["x"], turn, p, item["mask"].shape[-2:])
             parts.append(part | {"turn": torch.full_like(part["y"], turn, dtype=torch.uint8)})
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -228,15 +229,22 @@ def _remember_grid(
     shift: tuple[int, int],  # of the grid
     halo: int,  # pixels
     touched: Sequence[Tensor],  # (H, W) bool each: only patches with a pixel in all of these
+    gaps: Tensor | None,  # (H, W) bool: where a class is not known; None: nowhere
 ) -> dict[str, Tensor]:  # keys, values, known, y, x of the patches that know something
     "The rows of one grid."
     grid = {"corner": grid_corner(shift, patch_size), "halo": halo}
     keep = keys.isfinite().all(-1)
     for pixels in touched:
         keep &= shows_any(pixels, patch_size, **grid)
-    values, knows = (pack_bits(patchify_mask(m, patch_size, **grid)[keep].flatten(1)) for m in (mask, known))
-    y, x = (n.int() * patch_size + start for n, start in zip(keep.nonzero(as_tuple=True), grid["corner"], strict=True))
-    return {"keys": keys[keep], "values": values, "known": knows, "y": y, "x": x}
+    row, column = keep.nonzero(as_tuple=True)
+    y, x = (n.int() * patch_size + start for n, start in zip((row, column), grid["corner"], strict=True))
+    partly = (torch.stack([y, x]) < halo).any(0)  # the labels of few patches end within them
+    partly |= (y + patch_size + halo > mask.shape[-2]) | (x + patch_size + halo > mask.shape[-1])
+    partly |= torch.tensor(False) if gaps is None else shows_any(gaps, patch_size, **grid)[row, column]
+    knows = pack_bits(known.new_ones(1, len(known) * (patch_size + 2 * halo) ** 2)).repeat(len(row), 1)
+    knows[partly] = pack_bits(patchify_mask(known, patch_size, **grid)[row[partly], column[partly]].flatten(1))
+    values = pack_bits(patchify_mask(mask, patch_size, **grid)[row, column].flatten(1))
+    return {"keys": keys[row, column], "values": values, "known": knows, "y": y, "x": x}
 
 # %% ../nbs/api/13_remember.ipynb #eef2d889
 def remember(

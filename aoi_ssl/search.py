@@ -271,12 +271,12 @@ def _list_products(
             continue
         out = flat[at:at + len(part) * width].view(len(part), width)[:, :b - a]
         members = index.order[a:b]
-        torch.mm(part, index.codes[members].float().T, out=out)
+        torch.mm(part, index.codes.index_select(0, members).float().T, out=out)
         if index.scale.shape[1]:
             out.mul_(index.scale[members].T)
         if apart is not None:
-            folds = apart[0][members]
-            out.masked_fill_((folds == mine[:, None]) | (folds < 0), -torch.inf)
+            folds = apart[0].index_select(0, members)
+            out.masked_fill_((folds == mine[:, None]).logical_or_(folds < 0), -torch.inf)
     return flat
 
 # %% ../nbs/api/12_search.ipynb #c954cb7a
@@ -296,9 +296,11 @@ def _pair_top_k(
     numbers = torch.arange(int(groups.sum()), device=flat.device)
     numbers += (first - groups.cumsum(0) + groups).repeat_interleave(groups)
     total = torch.zeros(count, dtype=torch.int64, device=flat.device).index_add_(0, query, width // _GROUP)
-    table = nn.utils.rnn.pad_sequence(numbers.split(total.tolist()), batch_first=True, padding_value=last)
-    table = F.pad(table, (0, max(0, k - table.shape[1])), value=last)
-    chosen = table.gather(1, _block_top_k(best[table], k)[1])
+    begin, numbers = total.cumsum(0) - total, F.pad(numbers, (0, 1), value=last)
+    table = best.new_full((count, max(k, int(total.max()))), -torch.inf)
+    table[torch.arange(table.shape[1], device=flat.device) < total[:, None]] = best[numbers[:-1]]
+    chosen = _block_top_k(table, k)[1]
+    chosen = numbers[(begin[:, None] + chosen).clamp(max=len(numbers) - 1)].where(chosen < total[:, None], last)
     similarity, place = members[chosen].flatten(1).topk(k)
     return similarity, chosen.gather(1, place // _GROUP) * _GROUP + place % _GROUP
 
@@ -377,8 +379,8 @@ class IVFIndex(Index):
         k, queries = min(k, len(self)), queries.float()
         if not len(queries):
             return queries.new_empty(0, k), self.bounds.new_empty(0, k)
-        own = [None] * len(queries) if apart is None else [(apart[0], part) for part in apart[1].split(1024)]
-        parts = [_list_search(self, part, k, mine) for part, mine in zip(queries.split(1024), own, strict=False)]
+        own = [None] * len(queries) if apart is None else [(apart[0], part) for part in apart[1].split(4096)]
+        parts = [_list_search(self, part, k, mine) for part, mine in zip(queries.split(4096), own, strict=False)]
         similarity, rows = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         short = (rows < 0).any(1)
         if short.any() and apart is None:
