@@ -288,12 +288,57 @@ def fit(
             loop.note(_take_step(prepared, loss, data, optimizer, accelerator, autocast=autocast, clip=clip), bool(pressed))
             loop.judge(validate, validations, after_step)
             loop.keep(save_every)
-            bar.n = round(100 * loop.spent, 1)
+            bar.n = round(100 * loop.clock.spent, 1)
             bar.set_postfix_str(_summary(run, images), refresh=False)
             bar.update(0)
     if report_to:
         accelerator.end_training()
     return loop.finish(restore=validate is not None)
+
+# %% ../nbs/api/07_train.ipynb #3581ba11
+class _Clock:
+    "How much of the budget is spent, and whether somebody pressed Ctrl-C: the same for all processes."
+
+    def __init__(self, budget: Budget, run: _Run, accelerator: Accelerator):
+        self.budget, self.accelerator, self.start = budget, accelerator, budget.now() - run.elapsed
+        self.spent, self.interrupted = budget.progress(run.step, run.elapsed), False
+
+    def ahead(self, step: int) -> float:
+        "The share that is spent in the middle of the coming step, so that neither the first nor the last learning rate is zero."
+        half = 0.5 / self.budget.steps if self.budget.steps else 0.5 * self.spent / step if step else 1e-3
+        return min(1.0, self.spent + half)
+
+    def tick(self, step: int, interrupted: bool) -> float:
+        "Read the clock after a step; the seconds so far."
+        told = [self.budget.now() - self.start, interrupted]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(told)
+        self.spent, self.interrupted = self.budget.progress(step, told[0]), self.interrupted or told[1]
+        return told[0]
+
+# %% ../nbs/api/07_train.ipynb #51d815b3
+class _Losses:
+    "The losses of the last steps, on their way into the history."
+
+    def __init__(self, accelerator: Accelerator, check: Callable[[list[float], int], None]):
+        self.accelerator, self.check, self.waiting = accelerator, check, []
+
+    def add(self, loss: Tensor, history: list[dict]) -> None:
+        "The loss of the history's last step."
+        self.waiting.append(loss)
+        if len(self.waiting) == 10:
+            self.flush(history)
+
+    def flush(self, history: list[dict]) -> None:
+        "Write those that wait into the last rows, averaged over the processes."
+        if not self.waiting:
+            return
+        means = self.accelerator.reduce(torch.stack(self.waiting).float(), "mean").cpu().tolist()
+        rows, self.waiting = history[-len(means):], []
+        self.check(means, rows[0]["step"])
+        for row, value in zip(rows, means, strict=True):
+            row["loss"] = value
+        self.accelerator.log({k: v for k, v in rows[-1].items() if k != "step"}, step=rows[-1]["step"])
 
 # %% ../nbs/api/07_train.ipynb #ccb6941d
 class _Loop:
@@ -301,19 +346,17 @@ class _Loop:
 
     def __init__(self, run, model, prepared, optimizer, accelerator, budget, checkpoint, batch):
         self.run, self.model, self.prepared, self.optimizer = run, model, prepared, optimizer
-        self.accelerator, self.budget, self.checkpoint, self.batch = accelerator, budget, checkpoint, batch
-        self.start, self.saved, self.losses, self.interrupted = budget.now() - run.elapsed, run.elapsed, [], False
-        self.spent = budget.progress(run.step, run.elapsed)
+        self.accelerator, self.checkpoint = accelerator, checkpoint
+        self.clock, self.saved = _Clock(budget, run, accelerator), run.elapsed
+        self.losses = _Losses(accelerator, lambda values, first: _check_finite(values, first, batch, checkpoint, self.place))
         prepared.train()
 
     def done(self, patience: int | None) -> bool:
-        return self.spent >= 1.0 or (patience is not None and self.run.since_best >= patience)
+        return self.clock.spent >= 1.0 or (patience is not None and self.run.since_best >= patience)
 
     def rate(self, warmup: float) -> None:
-        "Set the learning rates for the coming step: at its middle, so that neither the first nor the last is zero."
-        done = self.run.step
-        ahead = 0.5 / self.budget.steps if self.budget.steps else 0.5 * self.spent / done if done else 1e-3
-        factor = lr_factor(min(1.0, self.spent + ahead), warmup=warmup)
+        "Set the learning rates for the coming step."
+        factor = lr_factor(self.clock.ahead(self.run.step), warmup=warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
@@ -324,61 +367,44 @@ class _Loop:
     def note(self, loss: Tensor, interrupted: bool) -> None:
         "Count the step and the time."
         run = self.run
-        self.losses.append(loss)
         rate = self.optimizer.param_groups[-1]["lr"]
         run.history.append({"step": run.step, "seconds": 0.0, "lr": rate, "loss": math.nan})
         run.step += 1
         self.tick(interrupted)
-        if len(self.losses) == 10:
-            self.flush()
+        self.losses.add(loss, run.history)
 
     def tick(self, interrupted: bool = False) -> None:
-        "Read the main process's clock, and whether somebody pressed Ctrl-C there: all processes must decide alike."
-        told = [self.budget.now() - self.start, interrupted]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(told)
-        self.run.elapsed = self.run.history[-1]["seconds"] = told[0]
-        self.spent, self.interrupted = self.budget.progress(self.run.step, told[0]), self.interrupted or told[1]
-
-    def flush(self) -> None:
-        "Move the losses of the last steps, averaged over the processes, into the history."
-        if not self.losses:
-            return
-        means = self.accelerator.reduce(torch.stack(self.losses).float(), "mean").cpu().tolist()
-        rows, self.losses = self.run.history[-len(means):], []
-        _check_finite(means, rows[0]["step"], self.batch, self.checkpoint, self.place)
-        for row, value in zip(rows, means, strict=True):
-            row["loss"] = value
-        self.accelerator.log({k: v for k, v in rows[-1].items() if k != "step"}, step=rows[-1]["step"])
+        "Note the time."
+        self.run.elapsed = self.run.history[-1]["seconds"] = self.clock.tick(self.run.step, interrupted)
 
     def judge(self, validate, validations: int, after_step) -> None:
         "Let others follow the step; validate when the next share of the budget is spent, and at its end."
         run = self.run
         if after_step is not None:
-            run.history[-1].update(after_step(self.spent) or {})
-        if validate is None or self.spent < min(1.0, (run.validated + 1) / validations):
+            run.history[-1].update(after_step(self.clock.spent) or {})
+        if validate is None or self.clock.spent < min(1.0, (run.validated + 1) / validations):
             return
         self.prepared.eval()
         with torch.no_grad():
             run.history[-1].update(_judge(run, validate(self.model), self.model))
         self.prepared.train()
-        run.validated = max(run.validated, int(self.spent * validations))
+        run.validated = max(run.validated, int(self.clock.spent * validations))
         self.tick()
 
     def keep(self, save_every: float) -> None:
         "Save now and then, and before a Ctrl-C is passed on."
-        if self.interrupted or self.spent >= 1.0 or self.run.elapsed - self.saved > save_every:
-            self.flush()
+        if self.clock.interrupted or self.clock.spent >= 1.0 or self.run.elapsed - self.saved > save_every:
+            self.losses.flush(self.run.history)
             self.saved = self.run.elapsed
             if self.checkpoint and self.accelerator.is_main_process:
                 self.run.save(self.checkpoint, self.model, self.optimizer)
-        if self.interrupted:
+        if self.clock.interrupted:
             where = f"saved to {self.checkpoint}; go on with resume=True" if self.checkpoint else "nothing was saved"
             raise KeyboardInterrupt(f"stopped after step {self.run.step}; {where}")
 
     def finish(self, *, restore: bool) -> pd.DataFrame:
         "The history; the model gets its best weights back."
-        self.flush()
+        self.losses.flush(self.run.history)
         if restore and self.run.best is not None:
             self.model.load_state_dict(self.run.best)
         self.model.eval()
