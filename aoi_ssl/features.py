@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .augment import Augment
 from .core import AoiError, step_seed
 from .data import ImageList
-from .encoder import Encoder, ViTEncoder, _hash, mirror
+from .encoder import Encoder, ViTEncoder, mirror, weight_hash
 from .tiles import windows
 
 # %% ../nbs/api/12_features.ipynb #101b3bf2
@@ -364,7 +364,7 @@ class FeatureSpace(nn.Module):
 
     def fingerprint(self) -> str:
         "16 hexadecimal digits that change with any option and any tensor."
-        return _hash({"steps": self.settings()}, self.state_dict())
+        return weight_hash({"steps": self.settings()}, self.state_dict())
 
     @staticmethod
     def restore(settings: Sequence[Mapping], tensors: Mapping[str, Tensor]) -> "FeatureSpace":
