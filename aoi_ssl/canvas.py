@@ -10,7 +10,7 @@ __all__ = ['PALETTE', 'ERROR_COLOURS', 'SERIES', 'MARKERS', 'INK', 'MUTED', 'GRI
 
 # %% ../nbs/api/04_canvas.ipynb #f4111df8
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .core import AoiError
+from .data import named_image
 
 # %% ../nbs/api/04_canvas.ipynb #1d08b498
 PALETTE = ("#D55E00", "#56B4E9", "#F0E442", "#0072B2", "#CC79A7", "#009E73", "#E69F00")  # one colour a class, Okabe-Ito
@@ -290,13 +291,8 @@ def as_picture(
     name: str,  # what it is called if it brings no name
 ) -> tuple[str, np.ndarray]:  # its name; (C, H, W) float32 in [0, 1]
     "An image and its name. Raises `AoiError` if it is none."
-    if isinstance(value, Mapping):
-        if "image" not in value:
-            raise AoiError(
-                f"{name} has {sorted(value)}; a row with an image was expected. Pass dataset[i], or an array."
-            )
-        return str(value.get("stem", name)), checked_image(value["image"], name)
-    return name, checked_image(value, name)
+    own, image = named_image(value, name)
+    return own, checked_image(image, name)
 
 # %% ../nbs/api/04_canvas.ipynb #294d128e
 def false_colour(

@@ -6,8 +6,8 @@
 __all__ = ['MASK_FOLDERS', 'IMAGE_FOLDERS', 'MASK_ENDINGS', 'RESERVED', 'list_files', 'compile_pattern', 'find_lights',
            'pair_lights', 'find_masks', 'one_mask_each', 'discover_classes', 'read_meta', 'Scan', 'scan_folder',
            'Lights', 'Annotation', 'load_folder', 'class_names', 'channel_count', 'native_item', 'source_folders',
-           'find_duplicates', 'check_folder', 'device_ids', 'split_by_device', 'few_shot', 'count_grey_values',
-           'grey_stats', 'channel_stats']
+           'named_image', 'ImageList', 'find_duplicates', 'check_folder', 'device_ids', 'split_by_device', 'few_shot',
+           'count_grey_values', 'grey_stats', 'channel_stats']
 
 # %% ../nbs/api/03_data.ipynb #f2b1f815
 import hashlib
@@ -15,7 +15,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ import torch
 from datasets.features.features import register_feature
 
 from .core import AoiError, read_json
-from .files import IMAGE_SUFFIXES, FileError, Header, read_header, read_image, read_native, reading
+from .files import IMAGE_SUFFIXES, FileError, Header, read_header, read_image, read_native, reading, to_unit
 from .masks import IGNORE, grey_values, load_coco, load_json, load_npy, mask_format_of, read_mask, real_classes
 
 # %% ../nbs/api/03_data.ipynb #ec6062ac
@@ -713,6 +713,59 @@ def source_folders(
     lights, masks = ([json.loads(v) for v in set(table[c].to_pylist()) if v] for c in ("image", "mask"))
     files = [path for row in lights for path in row["paths"]] + [row["path"] for row in masks]
     return [Path(folder) for folder in sorted({os.path.dirname(os.path.abspath(file)) for file in files})]
+
+# %% ../nbs/api/03_data.ipynb #ebc546ca
+def named_image(
+    value: object,  # (C, H, W) in [0, 1]; or a row of a dataset
+    name: str,  # what it is called if it brings no name
+) -> tuple[str, object]:  # its name; (C, H, W) in [0, 1]
+    "An image and its name. Raises `AoiError` for a row without an image."
+    if not isinstance(value, Mapping):
+        return name, value
+    if "image" not in value:
+        raise AoiError(f"{name} has {sorted(value)}; a row with an image was expected. Pass dataset[i], or an array.")
+    return str(value.get("stem", name)), value["image"]
+
+# %% ../nbs/api/03_data.ipynb #6ec50eb1
+class ImageList:
+    "Images by number, each with a name and a device; labels are not looked at."
+
+    def __init__(
+        self,
+        images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
+    ):
+        self.dataset = images if isinstance(images, datasets.Dataset) else None
+        if isinstance(images, datasets.DatasetDict):
+            raise AoiError(f"The images come in the splits {', '.join(images)}; one was expected. Choose it, as in dataset['train'].")
+        if self.dataset is not None:
+            self.names = list(images["stem"])
+            return
+        pairs = list(images.items()) if isinstance(images, Mapping) else [(f"image_{n:02}", one) for n, one in enumerate(images)]
+        self.names, self.images = ([named_image(one, name)[part] for name, one in pairs] for part in (0, 1))
+        self._rows = [one if isinstance(one, Mapping) else {} for _, one in pairs]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.dataset is None:
+            return torch.as_tensor(self.images[index])
+        return to_unit(native_item(self.dataset, index, labels=False)["image"])
+
+    @property
+    def devices(self) -> list[str]:
+        "The device of each image; unknown where nobody says."
+        return [str(row.get("device", "unknown")) for row in self._rows] if self.dataset is None else list(self.dataset["device"])
+
+    def distinct(self, *, without: Sequence[str] = ()) -> "ImageList":
+        "Itself. Raises `AoiError` for a name that occurs twice, or that must not occur because a bank has it."
+        known, seen = set(without), set()
+        for name in self.names:
+            if name in known or name in seen:
+                where = "is in the bank already, where nothing is new" if name in known else "occurs twice"
+                raise AoiError(f"{name} {where}; images with names of their own were expected. Leave it out.")
+            seen.add(name)
+        return self
 
 # %% ../nbs/api/03_data.ipynb #4780ddcc
 def _look(row: Any) -> tuple[str | None, int, list[dict]]:

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from .augment import Augment
 from .core import AoiError, step_seed
-from .crops import CropStore
+from .crops import CropStore, open_crops
 from .data import channel_count
 from .encoder import ViTEncoder, mae_config, new_vit
-from .pretrain import _check_run, _finish, _open_crops, _save, decay_groups, default_crop
+from .pretrain import check_run, decay_groups, default_crop, finish_run, save_run
 from .train import Budget, checkpoint_beside, fit, following, parse_budget
 
 # %% ../nbs/api/10_distill.ipynb #c5e7f028
@@ -488,7 +488,7 @@ class Distilled:
         overwrite: bool = False,  # replace a folder that is not empty
     ) -> None:
         "Write the encoder's folder, which `Encoder.from_pretrained` opens, and history.csv: whole, or not at all."
-        _save(self, folder, _write_encoder, overwrite=overwrite)
+        save_run(self, folder, _write_encoder, overwrite=overwrite)
 
 
 def _write_encoder(self: Distilled, folder: Path) -> None:
@@ -582,9 +582,9 @@ def distill(
     chosen = {"objective": objective, "pool": pool, "lights": lights}
     head = {"prototypes": prototypes, "momentum": momentum, "temperature": list(temperature)}
     crop, views, config = _plan(dataset, encoder, crop, patch_size, views)
-    _check_run(dataset, None, crop, batch_size, budget, None, precision)
+    check_run(dataset, crop=crop, batch_size=batch_size, budget=budget, precision=precision)
     _check_views(views, config, **chosen)
-    crops = _open_crops(dataset, crops, checkpoint, crop, seed, process, resume=resume, progress=progress)
+    crops = open_crops(dataset, crops, process, cell=crop, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     model, inner = _student_and_teacher(config, crops, seed, objective, pool, head, process.device)
     change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
     batches = view_batches(crops, views, inner, size=crop, batch_size=batch_size, lights=lights, augment=change,
@@ -599,4 +599,4 @@ def distill(
         checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
         after_step=following(inner, on_step, _watch(model, inner, crops.batch(0, batch_size, size=crop))), label=objective)
     result = Distilled(inner.eval(), model.eval(), history)
-    return _finish(result, out, checkpoint, process, overwrite=overwrite)
+    return finish_run(result, out, checkpoint, process, overwrite=overwrite)

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import AoiError
-from .data import native_item
-from .files import to_unit
+from .data import ImageList
 from .encoder import check_images, mirror
 from .features import embed, grid_corner, grid_windows, recentre, shift_offsets, window_layout
 from .patches import rim_weights
@@ -119,13 +118,12 @@ def patch_images(
     margin: int = 0,  # pixels more on each side
 ) -> Tensor:  # (n, C, size + 2 * margin, size + 2 * margin) in [0, 1]; turned as they were remembered, black beyond the border
     "Pictures of the neighbours, read again from the dataset. Raises `AoiError` if it lacks an image."
-    number = {stem: i for i, stem in enumerate(dataset["stem"])}
-    if missing := sorted(set(table["stem"]) - set(number)):
+    listed = ImageList(dataset)
+    if missing := sorted(set(table["stem"]) - set(listed.names)):
         raise AoiError(f"The dataset lacks {missing[0]}, which is in the bank. Pass the one that it was built from.")
     read = {}
     for stem in table["stem"].unique():
-        image = to_unit(native_item(dataset, number[stem], labels=False)["image"])
-        read[stem] = F.pad(image, (size + margin,) * 4)
+        read[stem] = F.pad(listed[listed.names.index(stem)], (size + margin,) * 4)
     side = size + 2 * margin
     cut = [read[row.stem][:, row.y + size:row.y + size + side, row.x + size:row.x + size + side] for row in table.itertuples()]
     return torch.stack([turned(picture, turn) for picture, turn in zip(cut, table["turn"], strict=True)])

@@ -6,7 +6,7 @@
 __all__ = ['shift_offsets', 'grid_corner', 'grid_windows', 'embed', 'between_grids', 'WindowLayout', 'window_layout', 'recentre',
            'with_layers', 'layer_count', 'has_fast_bfloat16', 'in_bfloat16', 'Step', 'Balance', 'Centre', 'Whiten',
            'Steady', 'cosine_basis', 'Unplace', 'Place', 'FeatureSpace', 'restore_space', 'fit_space', 'grid_keys',
-           'nth_image', 'sample_embeddings', 'drift_light', 'sample_drifted']
+           'sample_embeddings', 'drift_light', 'sample_drifted']
 
 # %% ../nbs/api/12_features.ipynb #8624ab6b
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from .augment import Augment
 from .core import AoiError, step_seed
-from .data import native_item
-from .files import to_unit
-from .encoder import Encoder, ViTEncoder, _hash, mirror
+from .data import ImageList
+from .encoder import Encoder, ViTEncoder, mirror, weight_hash
 from .tiles import windows
 
 # %% ../nbs/api/12_features.ipynb #101b3bf2
@@ -365,7 +364,7 @@ class FeatureSpace(nn.Module):
 
     def fingerprint(self) -> str:
         "16 hexadecimal digits that change with any option and any tensor."
-        return _hash({"steps": self.settings()}, self.state_dict())
+        return weight_hash({"steps": self.settings()}, self.state_dict())
 
     @staticmethod
     def restore(settings: Sequence[Mapping], tensors: Mapping[str, Tensor]) -> "FeatureSpace":
@@ -434,18 +433,8 @@ def grid_keys(
     return space(recentre(grid, layout.owners) if centred else grid, layout.places.to(grid.device))
 
 # %% ../nbs/api/12_features.ipynb #2460af7a
-def nth_image(
-    images: object,  # a dataset, or a list of images (C, H, W) in [0, 1]
-    index: int,  # which
-) -> Tensor:  # (C, H, W) in [0, 1]
-    "One image, without a look at its labels."
-    if hasattr(images, "column_names"):
-        return to_unit(native_item(images, index, labels=False)["image"])
-    return torch.as_tensor(images[index])
-
-
 def sample_embeddings(
-    dataset,  # from `load_folder`, labels are not looked at; or a list of images (C, H, W) in [0, 1]
+    dataset,  # images: whatever `ImageList` takes
     encoder: Encoder,  # image -> grid of embeddings
     *,
     size: int = 512,  # side of an encoder window, pixels
@@ -456,13 +445,14 @@ def sample_embeddings(
     seed: int = 0,  # of the samples
 ) -> tuple[Tensor, Tensor]:  # (N, D) embeddings and (N, 2) places
     "Embeddings to fit a feature space to. Raises `AoiError` for an empty dataset."
-    if not len(dataset):
+    listed = ImageList(dataset)
+    if not len(listed):
         raise AoiError("There are 0 images to learn a feature space from; at least one was expected.")
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(dataset), generator=generator)[:images].sort().values.tolist()
+    chosen = torch.randperm(len(listed), generator=generator)[:images].sort().values.tolist()
     found = []
     for i in chosen:
-        image = nth_image(dataset, i)[None]
+        image = listed[i][None]
         x = embed(encoder, image if change is None else change(image), size=size)
         layout = window_layout(*image.shape[-2:], encoder.patch_size, size=size)
         x = (recentre(x, layout.owners) if centred else x)[0].flatten(0, 1).cpu()

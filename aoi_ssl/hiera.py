@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from .augment import Augment
 from .core import AoiError
-from .crops import CropStore
+from .crops import CropStore, open_crops
 from .data import channel_count
 from .encoder import Encoder, quiet, sincos_positions
-from .pretrain import _batches, _check_run, _finish, _open_crops, _save, _write_mae, decay_groups, default_crop
+from .pretrain import check_run, decay_groups, default_crop, finish_run, masked_batches, save_run, write_autoencoder
 from .train import Budget, checkpoint_beside, fit, following, parse_budget
 
 # %% ../nbs/api/10_hiera.ipynb #fdd0106d
@@ -184,7 +184,7 @@ class PretrainedHiera:
         overwrite: bool = False,  # replace a folder that is not empty
     ) -> None:
         "Write the encoder's folder, which `Encoder.from_pretrained` opens, and history.csv: whole, or not at all."
-        _save(self, folder, _write_mae, overwrite=overwrite)
+        save_run(self, folder, write_autoencoder, overwrite=overwrite)
 
 # %% ../nbs/api/10_hiera.ipynb #bc885244
 def pretrain_hiera(
@@ -218,8 +218,8 @@ def pretrain_hiera(
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
     crop, channels = crop or default_crop(dataset, most=224, patch_size=16), channel_count(dataset)
     config = hiera_config(encoder, channels=channels, image_size=crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
-    _check_run(dataset, None, crop, batch_size, budget, None, precision)
-    crops = _open_crops(dataset, crops, checkpoint, crop, seed, process, resume=resume, progress=progress)
+    check_run(dataset, crop=crop, batch_size=batch_size, budget=budget, precision=precision)
+    crops = open_crops(dataset, crops, process, cell=crop, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     mae = new_hiera(config, model=HieraForPreTraining, seed=seed)
     inner, units = (HieraEncoder(mae.hiera, mean=crops.mean, std=crops.std, stages=n) for n in (stages, (3,)))
     inner, units = inner.to(process.device), units.to(process.device)
@@ -229,11 +229,11 @@ def pretrain_hiera(
                 "weight_decay": weight_decay, "augment": change and asdict(change)}
     history = fit(
         mae, lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss,
-        _batches(crops, units, crop, change, batch_size, process),
+        masked_batches(crops, units, process, size=crop, batch_size=batch_size, augment=change),
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget.resolve(crops.steps_per_epoch(total)), warmup=warmup, seed=seed, precision=precision,
         checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
         after_step=following(inner, on_step), label="pre-training",
     )
     result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history)
-    return _finish(result, out, checkpoint, process, overwrite=overwrite)
+    return finish_run(result, out, checkpoint, process, overwrite=overwrite)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'novelty_map', 'held_out_novelty', 'nearer_with_all', 'image_scores', 'prediction_limit', 'Novelty',
-           'bank_state', 'calibrate_novelty', 'named_images', 'judge_map', 'judge_images', 'load_novelty']
+           'bank_state', 'calibrate_novelty', 'judge_map', 'judge_images', 'load_novelty']
 
 # %% ../nbs/api/16_novelty.ipynb #64f9c7c9
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,9 @@ from torch import Tensor
 
 from .core import AoiError, read_json, write_json
 from .crossval import Region, held_out_search, lay_region, region_rows
-from .data import native_item
+from .data import ImageList
 from .encoder import check_images
 from .features import embed, grid_corner, shift_offsets
-from .files import to_unit
 from .patches import box_mean
 from .recall import lay_rows, search
 from .retrieval import MemoryBank
@@ -189,7 +188,7 @@ def bank_state(
 # %% ../nbs/api/16_novelty.ipynb #b93739c8
 def calibrate_novelty(
     bank: MemoryBank,  # its `novelty` is set
-    images: object = None,  # good ones that the bank lacks, labelled or not, as for `named_images`; None: cross-validation by image
+    images: object = None,  # good ones that the bank lacks, as for `ImageList`; None: cross-validation by image
     *,
     pixel_rate: float = 0.01,  # of pixels of good images that may be called new
     image_rate: float = 0.05,  # of good images that may be called untrustworthy
@@ -207,7 +206,8 @@ def calibrate_novelty(
         maps, share = held_out_novelty(bank, most=most, seed=seed), nearer_with_all(bank, most=most, seed=seed)
         maps = {stem: share * found for stem, found in maps.items()}
     else:
-        maps = {stem: novelty_map(bank, image) for stem, _, image in named_images(images, without=state["stems"])}
+        listed = ImageList(images).distinct(without=state["stems"])
+        maps = {stem: novelty_map(bank, image) for stem, image in zip(listed.names, listed, strict=True)}
     if len(maps) < 2:
         raise AoiError(f"{len(maps)} image was given; two good ones at least were expected, to know how much they differ. Pass more.")
     found = {stem: image_scores(one, area=bank.encoder.patch_size**2) for stem, one in maps.items()}
@@ -217,27 +217,6 @@ def calibrate_novelty(
     limits |= {name: prediction_limit([score[name] for score in scores], image_rate / len(SCORES)) for name in SCORES}
     bank.novelty = Novelty(bank, limits, pixel_rate, image_rate, scores, state)
     return bank.novelty
-
-# %% ../nbs/api/16_novelty.ipynb #1c04eed9
-def named_images(
-    images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
-    *,
-    without: Sequence[str] = (),  # names that must not be among them
-) -> Iterator[tuple[str, str, Tensor]]:  # name, device, (C, H, W) in [0, 1]
-    "Images one by one. Raises `AoiError` for a name that occurs twice or must not occur, before the first."
-    table, pairs = hasattr(images, "column_names"), []
-    if not table:
-        listed = images.items() if isinstance(images, Mapping) else ((f"image_{n:02}", image) for n, image in enumerate(images))
-        pairs = [(str(one.get("stem", name)), one["image"]) if isinstance(one, Mapping) else (name, one) for name, one in listed]
-    names = list(images["stem"]) if table else [name for name, _ in pairs]
-    if wrong := [name for n, name in enumerate(names) if name in without or name in names[:n]]:
-        where = "is in the bank already, where nothing is new" if wrong[0] in without else "occurs twice"
-        raise AoiError(f"{wrong[0]} {where}; images with names of their own were expected. Leave it out.")
-    for i, name in enumerate(names):
-        if table:
-            yield name, images["device"][i], to_unit(native_item(images, i, labels=False)["image"])
-        else:
-            yield name, "unknown", torch.as_tensor(pairs[i][1])
 
 # %% ../nbs/api/16_novelty.ipynb #6a51e860
 def judge_map(
@@ -255,10 +234,11 @@ def judge_map(
 
 def judge_images(
     novelty: Novelty,  # of a bank
-    images: object,  # as for `named_images`
+    images: object,  # as for `ImageList`
 ) -> pd.DataFrame:  # a row per image: stem, and what `judge_map` says
     "Compare images with the limits of a bank."
-    return pd.DataFrame([{"stem": stem} | novelty.verdict(image) for stem, _, image in named_images(images)])
+    listed = ImageList(images).distinct()
+    return pd.DataFrame([{"stem": stem} | novelty.verdict(image) for stem, image in zip(listed.names, listed, strict=True)])
 
 # %% ../nbs/api/16_novelty.ipynb #db689301
 def load_novelty(

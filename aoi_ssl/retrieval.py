@@ -21,10 +21,10 @@ from torch import Tensor
 
 from .core import AoiError
 from .crossval import calibrate_bank
-from .data import class_names
+from .data import ImageList, class_names
 from .encoder import Encoder
 from .explain import explain_pixel, find_neighbours, key_frame
-from .features import FeatureSpace, nth_image, restore_space
+from .features import FeatureSpace, restore_space
 from .predict import Segmenter, judged_rows
 from .recall import bank_index, fit_regression, image_likeness, mask_length, patch_masks, predict_bank
 from .remember import METHODS, RECALL_OPTIONS, Recipe, check_numbers, check_recipe, join_rows, learn_space, make_recipe, recipe_name
@@ -417,30 +417,26 @@ def _reduced(bank: MemoryBank, keep: Sequence[bool], classes: list[str], calibra
 
 # %% ../nbs/api/15_retrieval.ipynb #105ebcdc
 def space_sample(
-    images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
+    images: object,  # whatever `ImageList` takes; labels are not looked at
     *,
     most: int = 4,  # images
     size: int = 512,  # pixels, side of what is taken of each, at most
     seed: int = 0,  # of the choice
 ) -> list[Tensor]:  # (C, h, w) in [0, 1]
     "A few images for `learn_space`, of a large one its middle. Raises `AoiError` if there is none."
-    if isinstance(images, Mapping):
-        images = list(images.values())
-    if not len(images):
+    listed = ImageList(images)
+    if not len(listed):
         raise AoiError("There are 0 images to learn a feature space from; at least one was expected.")
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:most].sort().values.tolist()
-    if not hasattr(images, "column_names"):
-        images = [images[i]["image"] if isinstance(images[i], Mapping) else images[i] for i in chosen]
-        chosen = range(len(images))
+    chosen = torch.randperm(len(listed), generator=torch.Generator().manual_seed(seed))[:most].sort().values.tolist()
     found = []
-    for image in (nth_image(images, i) for i in chosen):
+    for image in (listed[i] for i in chosen):
         y, x = (max(0, n - size) // 2 for n in image.shape[-2:])
         found.append(image[..., y:y + size, x:x + size])
     return found
 
 
 def empty_bank(
-    images: object,  # what the space is learned from, labels are not looked at: as for `space_sample`
+    images: object,  # what the space is learned from: a dataset, a mapping or list of images (`ImageList`)
     encoder: Encoder,  # image -> grid of embeddings
     classes: Sequence[str] | None = None,  # K names, in the order of the masks; None: those of the dataset
     *,

@@ -31,7 +31,7 @@ from .metrics import threshold_counts
 from .predict import Segmenter, judged_rows
 from .pretrain import decays, default_crop
 from .tiles import CropSampler, windows
-from .train import Budget, _check_plan, checkpoint_beside, fit, following, parse_budget
+from .train import Budget, check_plan, checkpoint_beside, fit, following, parse_budget
 
 # %% ../nbs/api/16_segment.ipynb #cac2ac25
 def _upernet_parts() -> tuple[type[nn.Module], type[nn.Module]]:  # the classes BeitFPNNeck and UperNetHead
@@ -355,7 +355,7 @@ def finetune(
 
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
     budget, process = parse_budget(budget), Accelerator()
-    _check_plan(budget.resolve(1), validation, validations, patience, precision)
+    check_plan(budget.resolve(1), validation, validations, patience, precision)
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
     plan = dict(crop=crop, batch_size=batch_size, hidden=hidden, foreground=foreground, augment=augment)
     model, batch, epoch = _plan(dataset, encoder, **plan, seed=seed, processes=process.num_processes)

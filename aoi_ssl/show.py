@@ -30,8 +30,7 @@ from .canvas import as_array, as_picture, checked_image, checked_mask, class_col
 from .canvas import contain, empty_panel, false_colour, fill_panel, ground_of, lay_out, letterbox, paint
 from .canvas import pool_counts, wrap_text, write_text
 from .core import AoiError
-from .data import native_item
-from .files import to_unit
+from .data import ImageList
 from .predict import plain_thresholds, predict_image
 from .recall import patch_masks
 from .similar import as_held, feature_grids, held_query, neighbours_of_held, pca_colours, plain_keys, similarity_map
@@ -341,14 +340,8 @@ def image_of(
     stem: str,  # which
 ) -> np.ndarray | None:  # (C, H, W) in [0, 1]; None where it is not there
     "One image by its name."
-    if images is None:
-        return None
-    if isinstance(images, Mapping):
-        return checked_image(images[stem], stem) if stem in images else None
-    stems = list(images["stem"])
-    if stem not in stems:
-        return None
-    return to_unit(native_item(images, stems.index(stem), labels=False)["image"]).numpy()
+    listed = ImageList({} if images is None else images)
+    return checked_image(listed[listed.names.index(stem)], stem) if stem in listed.names else None
 
 
 def upright_masks(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .core import AoiError
+from .data import ImageList
 from .encoder import Encoder
 from .features import embed, fit_space, window_layout
-from .novelty import named_images
 from .recall import search, to_keys
 from .retrieval import MemoryBank
 
@@ -45,9 +45,11 @@ def image_pool(
     pool, known, generator = Pool([], [], [], [], []), bank is not None and len(bank.images) > 0, torch.Generator().manual_seed(seed)
     stems = {record["stem"] for record in bank.images} if known else set()
     encoder, size, places = bank.encoder if bank else encoder, bank.size if bank else 512, []
-    for row, (name, device, image) in enumerate(named_images(images)):
+    listed = ImageList(images).distinct()
+    for row, (name, device) in enumerate(zip(listed.names, listed.devices, strict=True)):
         if name in stems:
             continue
+        image = listed[row]
         (height, width), grid = image.shape[-2:], embed(encoder, image[None], size=size)
         rows = torch.randperm(grid.shape[1] * grid.shape[2], generator=generator)[:patches]
         keys = (to_keys(bank, grid, height, width) if bank else grid).flatten(0, 2)[rows.to(grid.device)]

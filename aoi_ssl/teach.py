@@ -32,14 +32,15 @@ from IPython import get_ipython
 from scipy import ndimage
 from torch import Tensor
 
+from .canvas import checked_image
 from .core import AoiError, atomic_path, write_json
-from .data import class_names, native_item
+from .data import ImageList, class_names, native_item
 from .files import to_unit
 from .masks import fill_polygon, mask_format_of, write_mask
 from .remember import Recipe, remember_image
 from .retrieval import BANK_TENSORS, MemoryBank, append_rows, empty_bank, shrink_bank, subset_bank
 from .search import MOST_EXACT, ExactIndex
-from .show import Picture, as_picture, taught
+from .show import Picture, taught
 from .suggest import suggest_next
 from .widgets import Handle, Planes, TraitValueError, page_module, shown_in
 
@@ -214,27 +215,19 @@ def unpack_labels(
 
 # %% ../nbs/api/21_teach.ipynb #14196462
 class Pile:
-    "Images by number: a dataset, a mapping from names to images, or a list of images."
+    "Images to label, by number."
 
     def __init__(
         self,
-        images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
+        images: object,  # whatever `ImageList` takes
     ):
-        self.source, self._read = images, {}
-        if isinstance(images, Dataset):
-            self.names, self.devices = list(images["stem"]), list(images["device"])
-        else:
-            pairs = (
-                list(images.items())
-                if isinstance(images, Mapping)
-                else [(f"image_{i:02}", v) for i, v in enumerate(images)]
-            )
-            self.source = {n: v for n, v in (as_picture(v, n) for n, v in pairs)}
-            self.names, self.devices = list(self.source), ["unknown"] * len(self.source)
-        if not self.names or len(set(self.names)) < len(self.names):
-            raise AoiError(
-                f"The images have the names {self.names[:5]}; one image at least, and a name of its own for each, was expected."
-            )
+        self.images, self._read = ImageList(images).distinct(), {}
+        self.names, self.devices = self.images.names, self.images.devices
+        if not self.names:
+            raise AoiError("There are 0 images to label; one at least was expected.")
+        if self.images.dataset is None:
+            named = zip(self.names, self.images, strict=True)
+            self._read = {index: (checked_image(image, name), None, None) for index, (name, image) in enumerate(named)}
 
     def image(self, index: int) -> np.ndarray:  # (C, H, W)
         "An image by its number."
@@ -249,10 +242,8 @@ class Pile:
         return Labels(mask & ~unknown, ~unknown)
 
     def _row(self, index: int) -> tuple:
-        if not isinstance(self.source, Dataset):
-            return self.source[self.names[index]], None, None
         if index not in self._read:
-            item = native_item(self.source, index)
+            item = native_item(self.images.dataset, index)
             self._read[index] = to_unit(item["image"]).numpy(), item["mask"], item["ignore"]
             while len(self._read) > 8:
                 self._read.pop(next(iter(self._read)))
@@ -419,16 +410,8 @@ class Teacher(TeachState):
 
     def paint(self, class_name: str | None, tool: str, points: Sequence, **options) -> "Teacher":
         "Paint a class, `background`, or None (unlabelled again): points are (x, y); size, tolerance, only as the traits."
-        return teach_do(
-            self,
-            {
-                "do": "paint",
-                "class": class_name,
-                "tool": tool,
-                "points": [list(map(float, p)) for p in points],
-                **options,
-            },
-        )
+        where = {"tool": tool, "points": [list(map(float, p)) for p in points]}
+        return teach_do(self, {"do": "paint", "class": class_name, **where, **options})
 
     def undo(self) -> "Teacher":
         "Take the last step in this image back."
@@ -1063,6 +1046,6 @@ def teach(
     if journal is None and out is not None:
         journal = Path(out) / "teach.jsonl"
     look = {"learning": learning, "light": light, "stretch": stretch, "opacity": opacity}
-    bank = empty_bank(pile.source, encoder, classes, method=method, k=8, seed=seed) if bank is None else bank
+    bank = empty_bank(images, encoder, classes, method=method, k=8, seed=seed) if bank is None else bank
     handle = Teacher(pile, bank, list(classes), out=out, mask_format=mask_format, journal=journal, suggest=suggest, **look)
     return handle.go(index) if index else handle

@@ -1,8 +1,9 @@
-"What the tests share: one thread, and one small folder of rendered devices."
+"What the tests share: one thread, one small folder of rendered devices, one browser."
 
 import matplotlib
 import pytest
 import torch
+from in_browser import browser, lab, notebook, site, visit  # noqa: F401  (fixtures are found by name)
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # tiny models: a second thread waits more than it works

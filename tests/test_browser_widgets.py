@@ -6,9 +6,12 @@ import urllib.request
 
 import numpy as np
 import pytest
-from test_browser import SHOTS, browser, lab, notebook, open_notebook, pytestmark, visit  # noqa: F401  (fixtures are found by name)
+from in_browser import IN_BROWSER, SHOTS, open_notebook
+
+pytestmark = IN_BROWSER
 
 SETUP = """
+get_ipython().reset(new_session=False)
 import numpy as np, torch
 torch.set_num_threads(1)
 from aoi_ssl.encoder import PixelEncoder
@@ -49,24 +52,43 @@ NIGHT = """() => {
 }"""
 
 
-def write_notebook(lab: str, name: str, *cells: str) -> str:
+def ask_server(url: str, path: str, method: str = "GET", body: dict | None = None):
+    "What the server of JupyterLab or Notebook 7 answers."
+    headers = {"Authorization": "token test", "Content-Type": "application/json"}
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/api/{path}", data=data, method=method, headers=headers)
+    return json.load(urllib.request.urlopen(request, timeout=60))
+
+
+def write_notebook(url: str, name: str, *cells: str) -> str:
     "Put a small notebook into JupyterLab's folder; returns its name."
     empty = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
     code = [{**empty, "id": f"c{i}", "source": source.strip()} for i, source in enumerate(cells)]
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     content = {"cells": code, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
-    body = json.dumps({"type": "notebook", "format": "json", "content": content}).encode()
-    headers = {"Authorization": "token test", "Content-Type": "application/json"}
-    request = urllib.request.Request(f"{lab}/api/contents/{name}", data=body, method="PUT", headers=headers)
-    urllib.request.urlopen(request, timeout=20).read()
+    ask_server(url, f"contents/{name}", "PUT", {"type": "notebook", "format": "json", "content": content})
     return name
+
+
+@pytest.fixture(scope="session")
+def kernels() -> dict[str, str]:
+    "The kernel of each server, by its address. One for all notebooks: each empties it first, and none has to import torch again."
+    return {}
+
+
+def join_kernel(url: str, name: str, kernels: dict[str, str]) -> None:
+    "Give a notebook the kernel of the server, before it is opened and would start one of its own."
+    kernel = {"id": kernels[url]} if url in kernels else {"name": "python3"}
+    session = ask_server(url, "sessions", "POST", {"path": name, "name": name, "type": "notebook", "kernel": kernel})
+    kernels[url] = session["kernel"]["id"]
 
 
 class Bench:
     "A notebook that is open in JupyterLab or Notebook 7: run its cells, reach its widget."
 
-    def __init__(self, v, application: str, url: str, name: str, *cells: str):
+    def __init__(self, v, application: str, url: str, name: str, kernels: dict[str, str], *cells: str):
         self.v, self.page, self.application, self.url, self.name = v, v.page, application, url, write_notebook(url, name, *cells)
+        join_kernel(url, name, kernels)
         open_notebook(v, url, self.name, application=application)
         self.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=90_000)
         for _ in range(180):  # a cell that is run before its kernel answers is forgotten
@@ -77,7 +99,7 @@ class Bench:
 
     def kernel(self) -> str:
         "What the kernel of this notebook is doing, as the server knows it."
-        found = json.load(urllib.request.urlopen(f"{self.url}/api/sessions?token=test", timeout=20))
+        found = ask_server(self.url, "sessions")
         return next((s["kernel"]["execution_state"] for s in found if s["path"] == self.name), "none")
 
     def run(self, index: int, timeout: int = 120_000) -> str:
@@ -161,24 +183,18 @@ class Bench:
 
 
 @pytest.fixture
-def bench(request, visit):
+def bench(request, visit, kernels):
     "Open a notebook of some cells in JupyterLab, or in the application that the test names."
     opened, application = [], getattr(request, "param", "lab")
     url = request.getfixturevalue(application)
 
     def open_bench(name: str, *cells: str, width: int = 1280, height: int = 900) -> Bench:
-        opened.append(Bench(visit(width, height), application, url, name, *cells))
+        opened.append(Bench(visit(width, height), application, url, name, kernels, *cells))
         return opened[-1]
 
     yield open_bench
     for b in opened:
         assert b.v.outside() == [], "the page asked another host"
-        kernels = json.load(urllib.request.urlopen(f"{url}/api/sessions?token=test", timeout=20))
-        for session in kernels:
-            if session["path"] == b.name:
-                address, token = f"{url}/api/sessions/{session['id']}", {"Authorization": "token test"}
-                stop = urllib.request.Request(address, method="DELETE", headers=token)
-                urllib.request.urlopen(stop, timeout=20).read()
 
 
 everywhere = pytest.mark.parametrize("bench", ["lab", "notebook"], indirect=True)

@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 
 from aoi_ssl.core import AoiError
 from aoi_ssl.data import (
+    ImageList,
     channel_count,
     channel_stats,
     check_folder,
@@ -808,3 +809,28 @@ def test_deeppcb_as_it_is():
     assert list(folder) == ["labelled"] and len(ds) == 567 and len(set(ds["device"])) == 8
     assert class_names(ds) == [f"class {i}" for i in range(1, 7)] and channel_count(ds) == 2
     assert set(ds[0]["image"].unique().tolist()) == {0.0, 1.0} and ds[0]["mask"].any()
+
+
+def test_images_come_in_many_ways(folder):
+    "A dataset, a mapping, a list of images or of rows: the same images; what has no name gets a number."
+    new = load_folder(folder)["new"]
+    rows = [new[i] for i in range(2)]
+    ways = (new.select([0, 1]), {row["stem"]: row["image"].numpy() for row in rows}, rows, [row["image"] for row in rows])
+    for way in ways:
+        listed = ImageList(way)
+        assert len(listed) == 2 and all(torch.equal(image, row["image"]) for image, row in zip(listed, rows, strict=True))
+    assert ImageList(ways[0]).names == ImageList(ways[1]).names == ImageList(rows).names == [row["stem"] for row in rows]
+    assert ImageList(ways[3]).names == ["image_00", "image_01"] and ImageList(ways[3]).devices == ["unknown"] * 2
+    assert ImageList(ways[0]).devices == ImageList(rows).devices == [row["device"] for row in rows]
+
+
+def test_images_that_cannot_be_told_apart_are_refused(folder):
+    splits = load_folder(folder)
+    row = splits["new"][0]
+    for images, without, message in (([row, row], (), "occurs twice"), ([row], [row["stem"]], "in the bank already")):
+        with pytest.raises(AoiError, match=message):
+            ImageList(images).distinct(without=without)
+    with pytest.raises(AoiError, match="splits .*new"):
+        ImageList(splits)
+    with pytest.raises(AoiError, match="a row with an image was expected"):
+        ImageList([{"stem": "a"}])

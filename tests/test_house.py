@@ -149,6 +149,19 @@ def test_street_runs_one_way():
         assert not late, f"{module} imports {', '.join(sorted(late))}, which comes after it"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_what_modules_share_is_public(path):
+    "A name with an underscore is its module's own business: nothing tells a reader that another depends on it."
+    found = [
+        f"{node.module}.{a.name}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("aoi_ssl"))
+        for a in node.names
+        if a.name.startswith("_")
+    ]
+    assert not found
+
+
 def test_no_registry_host():
     "Packages are named, never the hosts they come from: an index is the user's choice (TORCH_INDEX, pip's settings)."
     names = ("py" "pi.org", "python" "hosted.org", "py" "torch.org/whl", "npm" "js.org", "deb" "ian.org/debian")

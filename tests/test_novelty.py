@@ -14,7 +14,6 @@ from aoi_ssl.novelty import (
     held_out_novelty,
     image_scores,
     load_novelty,
-    named_images,
     nearer_with_all,
     novelty_map,
     prediction_limit,
@@ -164,11 +163,3 @@ def test_limits_belong_to_their_bank(tmp_path):
     for use in (lambda: bank.novelty(image), lambda: bank.novelty.judge([image]), lambda: bank.novelty.save(path)):
         with pytest.raises(AoiError, match="changed"):
             use()
-
-
-def test_images_come_in_many_ways():
-    image = torch.zeros(1, 4, 4)
-    assert [name for name, _, _ in named_images([image, {"stem": "b", "image": image}])] == ["image_00", "b"]
-    assert [name for name, _, _ in named_images({"a": image.numpy()})] == ["a"]
-    with pytest.raises(AoiError, match="twice"):
-        list(named_images([{"stem": "b", "image": image}] * 2))

@@ -1,9 +1,11 @@
 """All the tests, in order: `make test` runs this. Each step has a heading and a time; a failure does not stop the rest.
 
+The tests keep one core busy; docs, wheel and browser run meanwhile on another, and are shown after them.
 The last line is `N passed, N failed, N skipped`: checks, notebooks and tests together."""
 
 import argparse
 import filecmp
+import multiprocessing
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import venv
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -130,21 +133,33 @@ def docs() -> None:
         verdict("docs have no broken link and load from no other host", sh(sys.executable, "tools/check_links.py") == 0)
 
 
+def environment(folder: Path, *packages: str | Path) -> tuple[Path, bool]:
+    "Make an environment with these packages and what they need, pinned; its Python, and whether all could be installed."
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-qq", "--no-compile", "--no-input"]
+    return python, sh(*pip, "--constraint", ROOT / "constraints.txt", *packages) == 0
+
+
+def build_wheel(folder: Path) -> Path | None:
+    "Build the sdist, and from it the wheel, in an environment that has what pyproject.toml names and nothing else."
+    copy = copy_source(folder / "source")
+    needs = tomllib.loads((copy / "pyproject.toml").read_text())["build-system"]["requires"]
+    python, _ = environment(folder / "builder", "build", *needs)
+    done = subprocess.run([python, "-m", "build", "--no-isolation", "--outdir", folder / "dist"], cwd=copy, capture_output=True)
+    built = list((folder / "dist").glob("*.whl"))
+    verdict("sdist and wheel are built", bool(built), done.stdout.decode()[-2000:] + done.stderr.decode()[-2000:])
+    return built[0] if built else None
+
+
 def wheel() -> None:
     "Build sdist and wheel, install the wheel in an empty environment, and use it there."
     with tempfile.TemporaryDirectory(prefix="aoi-wheel-") as folder:
         folder = Path(folder)
-        copy = copy_source(folder / "source")
-        command = [sys.executable, "-m", "build", "--outdir", folder / "dist"]
-        done = subprocess.run(command, cwd=copy, capture_output=True)
-        built = list((folder / "dist").glob("*.whl"))
-        verdict("sdist and wheel are built", bool(built), done.stdout.decode()[-2000:] + done.stderr.decode()[-2000:])
-        if not built:
+        built = build_wheel(folder)
+        if built is None:
             return
-        venv.create(folder / "empty")
-        python = folder / "empty" / "bin" / "python"
-        pip = [sys.executable, "-m", "pip", "--python", python, "install", "-qq", "--no-compile", "--no-input"]
-        installed = sh(*pip, "--constraint", ROOT / "constraints.txt", built[0]) == 0
+        python, installed = environment(folder / "empty", built)
         verdict("the wheel installs in an empty environment", installed)
         script = (
             "import importlib.util as u, importlib, pkgutil, pathlib, aoi_ssl\n"
@@ -182,6 +197,68 @@ STEPS: dict[str, tuple[str, Callable[[], None]]] = {
 }
 
 
+BESIDE = ("docs", "wheel", "browser")  # run in turn beside "tests"
+
+
+def run_steps(names: list[str], numbers: dict[str, int]) -> None:
+    "One step after the other."
+    for name in names:
+        with heading(numbers[name], STEPS[name][0]):
+            STEPS[name][1]()
+
+
+def run_aside(names: list[str], numbers: dict[str, int], told: Path, counts: multiprocessing.SimpleQueue) -> None:
+    "In a process of its own: run steps, write what they print to a file, hand over the counts."
+    with open(told, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    TOTAL.clear()
+    FAILED.clear()
+    run_steps(names, numbers)
+    counts.put((TOTAL, FAILED))
+
+
+@contextmanager
+def meanwhile(names: list[str], numbers: dict[str, int]) -> Iterator[None]:
+    "Run steps aside; at the end show what they printed and print, and add their counts to the total."
+    with tempfile.TemporaryDirectory(prefix="aoi-check-") as folder:
+        told, counts = Path(folder) / "told.txt", multiprocessing.SimpleQueue()
+        told.touch()
+        process = multiprocessing.Process(target=run_aside, args=(names, numbers, told, counts))
+        process.start()
+        yield
+        with open(told) as shown:
+            while process.is_alive():
+                print(shown.read(), end="", flush=True)
+                process.join(0.5)
+            print(shown.read(), end="", flush=True)
+        total, failed = ({"failed": 1}, [f"{', '.join(names)}: ended early"]) if counts.empty() else counts.get()
+        TOTAL.update(total)
+        FAILED.extend(failed)
+
+
+def run_all(names: list[str]) -> None:
+    "The steps in order; where there is a second core, those that may run beside the tests do so."
+    numbers = {name: number for number, name in enumerate(names, 1)}
+    beside = [name for name in names if name in BESIDE]
+    if "tests" not in names or not beside or (os.cpu_count() or 1) < 2:
+        return run_steps(names, numbers)
+    run_steps([name for name in names if name not in (*BESIDE, "tests")], numbers)
+    with meanwhile(beside, numbers):
+        run_steps(["tests"], numbers)
+
+
+def close(start: float) -> int:
+    "Print the time, what failed, and the counts; the exit code."
+    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    print(f"\nAll of it took {minutes} min {seconds} s.")
+    for name in FAILED:
+        print(f"FAILED: {name}")
+    skipped = f", {TOTAL['skipped']} skipped" if TOTAL["skipped"] else ""
+    print(f"{TOTAL['passed']} passed, {TOTAL['failed']} failed{skipped}")
+    return int(bool(TOTAL["failed"]))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"only these, of: {', '.join(STEPS)}")
@@ -189,13 +266,5 @@ if __name__ == "__main__":
     if unknown := set(chosen) - set(STEPS):
         parser.error(f"unknown step {', '.join(unknown)}; expected some of: {', '.join(STEPS)}")
     start = time.perf_counter()
-    for number, name in enumerate(chosen, 1):
-        with heading(number, STEPS[name][0]):
-            STEPS[name][1]()
-    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
-    print(f"\nAll of it took {minutes} min {seconds} s.")
-    for name in FAILED:
-        print(f"FAILED: {name}")
-    skipped = f", {TOTAL['skipped']} skipped" if TOTAL["skipped"] else ""
-    print(f"{TOTAL['passed']} passed, {TOTAL['failed']} failed{skipped}")
-    sys.exit(bool(TOTAL["failed"]))
+    run_all(chosen)
+    sys.exit(close(start))
