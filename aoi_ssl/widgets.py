@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from .canvas import Picture, checked_image, class_colour, false_colour
 from .core import AoiError
-from .show import image_of, thumbnail, upright_masks
+from .show import bank_image, thumbnail, upright_masks
 
 # %% ../nbs/api/18_widgets.ipynb #fe22ae63
 def page_module(
@@ -281,7 +281,7 @@ class BankPictures:
     def image(self, stem: str) -> np.ndarray | None:
         "An image of the bank, (C, H, W) in [0, 1]; None if it is not at hand."
         if stem not in self.read:
-            self.read[stem] = image_of(self.images, stem)
+            self.read[stem] = bank_image(self.bank, self.images, stem)
         return self.read[stem]
 
     def mask(self, stem: str) -> np.ndarray:

@@ -736,8 +736,8 @@ def test_a_notebook_of_ones_own_shows_a_picture(bench):
     note = b.page.get_by_text("A picture of the widget")
     picture.wait_for(state="attached")
     assert not picture.is_visible() and not note.is_visible()  # the widget itself is there
-    b.page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
-    b.page.keyboard.press("Control+s")
+    b.focus()
+    b.page.keyboard.press("Control+s")  # the notebook's own, though the widget has the keyboard
     for _ in range(50):
         saved = ask_server(b.url, f"contents/{b.name}?content=1")["content"]["cells"][0]
         if saved["outputs"]:
