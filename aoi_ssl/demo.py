@@ -23,9 +23,9 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch import Tensor
 
 from . import show
-from .benchmark import VARIANCE, rivals
+from .benchmark import VARIANCE, rivals, short_names
 from .core import AoiError, atomic_path, check_free, read_json, write_json
-from .data import channel_count, check_folder, class_names, device_ids, device_names, few_shot, load_folder, split_by_device
+from .data import channel_count, check_folder, class_names, device_ids, few_shot, load_folder, split_by_device
 from .encoder import Encoder
 from .metrics import mean_iou, scores
 from .predict import Segmenter, evaluate, predict_image, segment, to_mask
@@ -399,11 +399,11 @@ def _stage_evaluate(job: _Job, parts: Plan, methods: dict) -> tuple[pd.DataFrame
     "Masks and counts on the new devices' test images; a table a row a method."
     purpose = f"{sum(map(len, parts.test.values()))} test images of {len(parts.test)} new device(s), {len(methods)} methods"
     with job.teller.stage("Evaluate", purpose) as found:
-        counts, called = [], device_names(*([d[name][0] for d in parts.test.values()] for name in ("manufacturer", "device")))
+        counts, called = [], short_names(parts.test)
         for name, method in methods.items():
-            for own, (device, images) in zip(called, parts.test.items(), strict=True):
+            for device, images in parts.test.items():
                 segmenter = method[device] if isinstance(method, dict) else method
-                counts.append(evaluate(segmenter, images, method=name, progress=not job.teller.quiet).assign(device=own))
+                counts.append(evaluate(segmenter, images, method=name, progress=not job.teller.quiet).assign(device=called[device]))
                 if name in (MAE_BANK, MAE_UPERNET):
                     segment(segmenter, images, job.run / "masks" / slug(name) / slug(device), overwrite=True)
         counts = pd.concat(counts, ignore_index=True)
