@@ -61,9 +61,12 @@ def shrink(
     "Planes at a smaller scale."
     if times == 1:
         return planes
-    mean = functional.avg_pool2d(planes[None, :lights], times, ceil_mode=True, count_include_pad=False)[0]
-    most = functional.max_pool2d(planes[None, lights:], times, ceil_mode=True)[0] if lights < len(planes) else mean[:0]
-    return torch.cat([mean, most])
+    parts = []
+    if lights:
+        parts.append(functional.avg_pool2d(planes[None, :lights], times, ceil_mode=True, count_include_pad=False)[0])
+    if lights < len(planes):
+        parts.append(functional.max_pool2d(planes[None, lights:], times, ceil_mode=True)[0])
+    return torch.cat(parts)
 
 # %% ../nbs/api/18_widgets.ipynb #96e27222
 def encode_planes(
