@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['TOOLS', 'JOURNAL', 'tube', 'flood', 'stroke_mask', 'Labels', 'Journal', 'pack_labels', 'unpack_labels', 'Pile',
-           'memory_of', 'learn_image', 'forget_image', 'TeachTraits', 'TeachState', 'Teacher', 'teach_do', 'apply_step',
-           'replay', 'teach_learn', 'teach_predict', 'one_sided', 'teach_calibrate', 'whole_images', 'whole_bank',
-           'tell_cuts', 'cuts_moved', 'keep_by_hand', 'set_threshold', 'bank_state', 'bank_kind', 'teach_notice',
-           'after_cells', 'restore_cuts', 'odd_shares', 'suggestions', 'next_unlabelled', 'teach_planes', 'teach_show',
-           'teach_went', 'teach_send', 'teach_state', 'teach_progress', 'save_labels', 'mask_files', 'teach_answer',
-           'teach_save', 'teach_picture', 'teach']
+           'default_journal', 'other_journals', 'memory_of', 'learn_image', 'forget_image', 'TeachTraits', 'TeachState',
+           'Teacher', 'teach_do', 'apply_step', 'replay', 'kept_words', 'teach_learn', 'teach_predict', 'one_sided',
+           'teach_calibrate', 'whole_images', 'whole_bank', 'tell_cuts', 'cuts_moved', 'keep_by_hand', 'set_threshold',
+           'bank_state', 'bank_kind', 'teach_notice', 'after_cells', 'restore_cuts', 'odd_shares', 'suggestions',
+           'next_unlabelled', 'teach_planes', 'teach_show', 'teach_went', 'teach_send', 'teach_state', 'teach_progress',
+           'save_labels', 'mask_files', 'teach_answer', 'teach_save', 'teach_picture', 'teach']
 
 # %% ../nbs/api/21_teach.ipynb #1da2ba71
 import base64
 import hashlib
 import json
+import os
 import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -166,10 +167,9 @@ class Journal:
         classes: Sequence[str],  # class names
     ):
         self.path, head = None if path is None else Path(path), {"classes": list(classes), "version": JOURNAL}
-        self.steps = list(self._read(head)) if self.path is not None and self.path.exists() else []
-        if self.path is not None and not self.path.exists():
+        self.head, self.steps = head, list(self._read(head)) if self.path is not None and self.path.exists() else []
+        if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.write(head)
 
     def _read(self, head: dict) -> Iterator[dict]:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -191,8 +191,9 @@ class Journal:
     def write(self, step: dict) -> None:
         "Add a step."
         if self.path is not None:
+            lines = [step] if self.path.exists() else [self.head, step]
             with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(step) + "\n")
+                f.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def pack_labels(
@@ -248,6 +249,34 @@ class Pile:
             while len(self._read) > 8:
                 self._read.pop(next(iter(self._read)))
         return self._read[index]
+
+# %% ../nbs/api/21_teach.ipynb #cdd16304
+def default_journal(
+    pile: Pile,  # what is labelled
+    classes: Sequence[str],  # class names
+) -> Path | None:  # teach_....jsonl in the working folder; None: nothing can be written there
+    "The journal of these images and classes."
+    if not os.access(".", os.W_OK):
+        return None
+    digest = hashlib.blake2b(json.dumps([list(classes), pile.names]).encode(), digest_size=5)
+    for index in range(1 if pile.images.dataset is not None else len(pile.names)):
+        image = pile.image(index)
+        digest.update(str(image.shape).encode() + image[:, ::8, ::8].tobytes())
+    return Path(f"teach_{digest.hexdigest()}.jsonl")
+
+
+def other_journals(
+    path: Path,  # from `default_journal`
+    pile: Pile,  # what is labelled
+    classes: Sequence[str],  # class names
+) -> list[str]:  # names of files
+    "Journals beside it, of the same classes, that have images of the same names: those of a session with more or fewer images."
+    found = []
+    for other in sorted(path.parent.glob("teach_*.jsonl")):
+        with suppress(AoiError, KeyError, TypeError):
+            if other != path and {step["image"] for step in Journal(other, classes).steps} & {*pile.names}:
+                found.append(other.name)
+    return found
 
 # %% ../nbs/api/21_teach.ipynb #0cc94cc4
 @contextmanager
@@ -331,6 +360,7 @@ class TeachTraits(Handle):
     by_hand = traitlets.List().tag(sync=True)
     state = traitlets.Dict().tag(sync=True)
     question = traitlets.Unicode("").tag(sync=True)
+    kept = traitlets.Unicode("").tag(sync=True)
 
     @traitlets.validate("brush")
     def _check_brush(self, proposal: dict) -> str:
@@ -372,6 +402,7 @@ class TeachState(TeachTraits):
             **traits,
         )
         replay(self)
+        self.kept = kept_words(self)
         teach_show(self)
         self.observe(lambda _: teach_went(self), "index")
         self.observe(lambda _: cuts_moved(self), "cuts")
@@ -463,8 +494,11 @@ class Teacher(TeachState):
         return save_labels(self, self.out if out is None else out, overwrite=overwrite)
 
     def on_page(self, content: dict, buffers: list) -> None:
-        "Do what the page asks."
-        teach_answer(self, content)
+        "Do what the page asks, and say when it is done, even if it fails: what is never answered met no kernel."
+        try:
+            teach_answer(self, content)
+        finally:
+            self.send({"kind": "done", "done": content.get("id")})
 
     def picture(self) -> Picture:
         "The static twin, `show.teach`."
@@ -558,6 +592,20 @@ def replay(
         teach_learn(handle, index)
     if handle.journal.steps:
         restore_cuts(handle, cuts)
+
+# %% ../nbs/api/21_teach.ipynb #b9655692
+def kept_words(
+    handle: TeachState,  # has a journal
+) -> str:  # a sentence or two
+    "Where the labels are kept."
+    path, steps = handle.journal.path, len(handle.journal.steps)
+    if path is None:
+        return "Labels are kept in no file: they are gone with the kernel. Pass journal='labels.jsonl' to keep them."
+    words = f"Labels are kept in {path.resolve()}."
+    others = [] if steps or not path.name.startswith("teach_") else other_journals(path, handle.pile, handle.classes)
+    if others:
+        return f"{words} {', '.join(others)} has labels of images with these names: pass all of its images, or journal={others[0]!r}."
+    return f"{words} {steps} steps were done again from there; move it away to begin afresh." if steps else words
 
 # %% ../nbs/api/21_teach.ipynb #38825c57
 def teach_learn(
@@ -962,14 +1010,10 @@ def teach_answer(
     handle: TeachState,  # asked
     content: Mapping,  # kind, and what belongs to it
 ) -> None:
-    "Do what the page asks; a stroke is answered even if it fails, so that its trace disappears."
+    "Do what the page asks."
     kind = content["kind"]
     if kind == "paint":
-        options = {"size": content["size"]}
-        try:
-            handle.paint(content["class"], content["tool"], content["points"], **options)
-        finally:
-            handle.send({"kind": "done", "done": content["id"]})
+        handle.paint(content["class"], content["tool"], content["points"], size=content["size"])
     elif kind == "go":
         handle.go(content["index"])
     elif kind == "suggest":
@@ -1023,9 +1067,7 @@ def teach(
     method: str | Recipe = "fast",  # of a new bank: a name in METHODS, or a recipe
     out: str | Path | None = None,  # folder for the masks
     mask_format: str = "classes",  # a format of `masks.write_mask` that can hold ignored pixels
-    journal: str
-    | Path
-    | None = None,  # file that every step is written to; None: teach.jsonl in `out`, if there is one
+    journal: str | Path | None = "auto",  # file of all steps. "auto": teach.jsonl in `out`, or else `default_journal`; None: none
     suggest: Callable[[Teacher], int] | None = None,  # which image to label next; None: `next_unlabelled`
     index: int = 0,  # of the image to begin with
     learning: bool = True,  # learn from each stroke
@@ -1043,9 +1085,9 @@ def teach(
             f"The classes are {classes}, those of the bank {bank and bank.classes}; the same names were expected. Pass "
             "classes=[...]."
         )
-    if journal is None and out is not None:
-        journal = Path(out) / "teach.jsonl"
+    if journal == "auto":
+        journal = default_journal(pile, classes) if out is None else Path(out) / "teach.jsonl"
     look = {"learning": learning, "light": light, "stretch": stretch, "opacity": opacity}
     bank = empty_bank(images, encoder, classes, method=method, k=8, seed=seed) if bank is None else bank
-    handle = Teacher(pile, bank, list(classes), out=out, mask_format=mask_format, journal=journal, suggest=suggest, **look)
+    handle = Teacher(pile, bank, list(classes), out=out, mask_format=mask_format, journal=journal or None, suggest=suggest, **look)
     return handle.go(index) if index else handle

@@ -5,7 +5,9 @@ import copy
 import importlib
 import io
 import json
+import os
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,12 +19,10 @@ from test_widgets import CLASSES, bank, encoder, from_page, scene  # noqa: F401 
 from aoi_ssl.core import AoiError
 from aoi_ssl.remember import learn_space, recipe_name
 from aoi_ssl.retrieval import BANK_TENSORS, empty_bank
-from aoi_ssl.teach import Labels, learn_image, odd_shares, stroke_mask, teach
+from aoi_ssl.teach import Labels, learn_image, odd_shares, stroke_mask
+from aoi_ssl.teach import teach as teach_kept
 
-
-@pytest.fixture
-def pair(scene):
-    return {"one": scene[0][0], "two": scene[0][1]}
+teach = partial(teach_kept, journal=None)  # a test begins afresh
 
 
 @pytest.fixture
@@ -117,6 +117,54 @@ def test_the_journal_survives_the_kernel(pair, encoder, tmp_path):
         teach(pair, encoder, classes=["wire"], journal=tmp_path / "j.jsonl")
     with pytest.raises(AoiError, match="not among"):
         teach({"two": pair["two"]}, encoder, **options)
+
+
+def test_labels_survive_the_kernel_without_a_word(pair, encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = teach_kept(pair, encoder, classes=CLASSES, learning=False)
+    assert [*tmp_path.iterdir()] == []  # who only looks leaves nothing behind
+    before.paint("wire", "line", [(3, 3), (40, 30)], size=3)
+    (path,) = tmp_path.iterdir()
+    assert str(path) in before.kept and path.name.startswith("teach_") and path.suffix == ".jsonl"
+    after = teach_kept(pair, encoder, classes=CLASSES, learning=False)
+    assert (after.labels == before.labels).all() and after.labels.any() and "1 steps were done again" in after.kept
+    swapped = {"one": pair["two"], "two": pair["one"]}
+    for images, classes in ((swapped, CLASSES), ([*pair.values()], CLASSES), (pair, ["wire"])):
+        other = teach_kept(images, encoder, classes=classes, learning=False)
+        assert not other.known.any() and other.journal.path != before.journal.path
+    assert teach_kept(swapped, encoder, classes=CLASSES, learning=False).kept.endswith(f"journal='{path.name}'.")  # names are alike
+    more = teach_kept(pair | {"three": pair["one"]}, encoder, classes=CLASSES, learning=False)
+    assert not more.known.any() and path.name in more.kept
+    (tmp_path / "teach_broken.jsonl").write_text("{")
+    assert "broken" not in teach_kept(swapped, encoder, classes=CLASSES, learning=False).kept
+    for nothing in (None, False):
+        lost = teach_kept(pair, encoder, classes=CLASSES, journal=nothing, learning=False).paint("wire", "brush", [(3, 3)])
+        assert lost.journal.path is None and "gone with the kernel" in lost.kept and not lost.labels[:, 20:].any()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "gone with the kernel" in teach_kept(pair, encoder, classes=CLASSES).kept
+
+
+def test_the_journal_of_a_dataset_knows_it_by_names_and_one_image(folder, tmp_path, monkeypatch):
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.encoder import PixelEncoder
+
+    monkeypatch.chdir(tmp_path)
+    dataset, encoder = load_folder(folder)["pretrain"], PixelEncoder(channels=2)
+    paths = [teach_kept(dataset.select(rows), encoder, classes=CLASSES).journal.path for rows in ([0, 1], [0, 1], [1, 0], [0, 2])]
+    assert paths[0] == paths[1] and len({*paths}) == 3
+
+
+def test_teach_on_images_larger_than_the_overview(encoder):
+    for side in (1030, 2050):
+        images = {"a": torch.rand(2, side, 1000), "b": torch.zeros(2, 64, 64)}
+        handle, sent = teach(images, encoder, classes=CLASSES, learning=False), []
+        handle.send = lambda content, buffers=None: sent.append((content, buffers))  # noqa: B023
+        handle.paint("wire", "line", [(10, side - 40), (100, side - 20)], size=1)
+        update, buffers = next(found for found in sent if found[0]["source"] == "0")
+        planes = np.concatenate([np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in buffers])
+        times = 2 ** handle.sources[0]["level"]
+        expected = handle.labels[0, : side // times * times].reshape(-1, times, 1000 // times, times).any((1, 3))
+        assert update["start"] == 2 and times > 1 and (planes[0, : len(expected)] == 255 * expected).all() and expected.any()
 
 
 def test_masks_are_saved_in_the_contract_and_never_replaced_unasked(folder, tmp_path):
