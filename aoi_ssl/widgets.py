@@ -122,6 +122,15 @@ class Planes:
         "The whole picture, or its planes from a number on, small enough for a screen, as PNG files."
         return self._part(self.level, 0, 0, 2**20, start)
 
+    def piece(self, start: int, count: int, box: tuple[int, int, int, int]) -> tuple[dict, list[bytes]]:
+        "Some planes beside the lights within a box (top, bottom, left, right): the place in the overview, and PNG files."
+        times = 2**self.level
+        (y, bottom), (x, right) = ((a // times, -(-b // times)) for a, b in (box[:2], box[2:]))
+        part = self.data[start:start + count, y * times:bottom * times, x * times:right * times]
+        if self.level:
+            part = shrink(torch.from_numpy(part).float(), times, 0).byte().numpy()
+        return {"start": start, "count": count, "y": y, "x": x}, encode_planes(part)
+
     def tile(self, level: int, row: int, column: int) -> list[bytes]:
         "A tile at a scale of 1 / 2**level, as PNG files."
         return self._part(level, row, column, TILE)

@@ -1,6 +1,7 @@
 "Labelling with a bank that learns along: strokes, the journal, thresholds of the bank and of the hand, what the page is told."
 # ruff: noqa: F811
 
+import asyncio
 import copy
 import importlib
 import io
@@ -161,10 +162,14 @@ def test_teach_on_images_larger_than_the_overview(encoder):
         handle.send = lambda content, buffers=None: sent.append((content, buffers))  # noqa: B023
         handle.paint("wire", "line", [(10, side - 40), (100, side - 20)], size=1)
         update, buffers = next(found for found in sent if found[0]["source"] == "0")
-        planes = np.concatenate([np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in buffers])
+        plane = np.asarray(Image.open(io.BytesIO(buffers[0])))[..., 0]
         times = 2 ** handle.sources[0]["level"]
         expected = handle.labels[0, : side // times * times].reshape(-1, times, 1000 // times, times).any((1, 3))
-        assert update["start"] == 2 and times > 1 and (planes[0, : len(expected)] == 255 * expected).all() and expected.any()
+        got, (rows, columns) = np.zeros_like(expected), plane.shape
+        got[update["y"] : update["y"] + rows, update["x"] : update["x"] + columns] = plane[: len(expected) - update["y"]] > 0
+        assert update["start"] == 2 and times > 1 and (got == expected).all() and expected.any() and plane.size < expected.size / 20
+        handle._handle_custom_msg({"kind": "refresh"}, [])
+        assert handle.error == "" and [c["count"] for c, _ in sent[-3:-1]] == [9, 4]  # all of it, of both images
 
 
 def test_masks_are_saved_in_the_contract_and_never_replaced_unasked(folder, tmp_path):
@@ -210,14 +215,17 @@ def test_the_page_of_teach(pair, encoder):
         {"kind": "paint", "id": 7, "tool": "line", "class": "wire", "points": [[2, 2], [30, 30]], "size": 3}, []
     )
     assert handle.labels[0].any() and handle.error == ""
-    assert [c["kind"] for c, _ in sent] == ["update", "update", "done"] and sent[-1][0]["done"] == 7
+    assert [c["kind"] for c, _ in sent] == ["update", "update", "update", "done"] and sent[-1][0]["done"] == 7
+    assert [(c["source"], c["start"], c["count"]) for c, _ in sent[:3]] == [("0", 2, 5), ("0", 7, 4), ("1", 2, 4)]
     update, buffers = sent[0]
     planes = np.concatenate([np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in buffers])[
         : update["count"]
     ]
+    box = tuple(slice(update[a], update[a] + n) for a, n in zip("yx", planes.shape[1:], strict=True))
     assert (
-        update["start"] == 2 and (planes[0] == handle.labels[0] * 255).all() and (planes[4] == handle.known * 255).all()
+        (planes[0] == handle.labels[0][box] * 255).all() and (planes[4] == handle.known[box] * 255).all()
     )
+    assert handle.known[box].sum() == handle.known.sum() and planes[4].size < handle.known.size / 2  # what changed, and no more
     handle._handle_custom_msg(
         {"kind": "paint", "id": 8, "tool": "polygon", "class": "wire", "points": [[2, 2]], "size": 3}, []
     )
@@ -232,6 +240,97 @@ def test_the_page_of_teach(pair, encoder):
     from_page(handle, index=5)
     assert handle.index == 1
     assert handle.picture().alt
+
+
+def message(do, **more):
+    "What the page sends for a stroke along a line, or for something else."
+    stroke = {"tool": "line", "class": "wire", "points": [[2, 2], [30, 30]], "size": 3}
+    return {"kind": do, "id": 1} | (stroke if do == "paint" else {}) | more
+
+
+async def idle(handle):
+    "Let the loop run until nothing is left to do."
+    while handle._timer is not None:
+        await asyncio.sleep(0.01)
+
+
+def test_strokes_are_answered_first_and_learned_together(pair, encoder, monkeypatch):
+    module, learned, sent = importlib.import_module("aoi_ssl.teach"), [], []
+    learn = module.learn_image
+    monkeypatch.setattr(module, "learn_image", lambda bank, name, *rest, **more: (learned.append(name), learn(bank, name, *rest, **more)))
+    monkeypatch.setattr(module, "BOX", 32)  # the images have 48 x 64 pixels: four boxes
+
+    async def session():
+        handle = teach(pair, encoder, classes=CLASSES)
+        await idle(handle)
+        handle.send = lambda content, buffers=None: sent.append(content)
+        for n in range(8):
+            handle._handle_custom_msg(message("paint", points=[[2, 4 * n], [50, 4 * n]], size=1, **{"class": CLASSES[n % 2]}), [])
+        assert [c["kind"] for c in sent] == ["update", "done"] * 8 and learned == [] and handle.labels[:2, ::4, 10].sum() == 8
+        assert {c["count"] for c in sent if c["kind"] == "update"} == {5} and handle.state["shares"][0] > 0
+        await idle(handle)
+        assert learned == ["one"] and handle.error == ""
+        assert [(c["source"], c["start"]) for c in sent[16:]] == [("0", 7)] * 4 + [("1", 2)] * 4  # this image, then the next one
+        assert (sent[16]["y"], sent[16]["x"]) in ((0, 0), (24, 0), (0, 32), (24, 32))
+        assert np.abs(handle._planes["0"].data[7:] / 255 - handle.prediction).max() < 1 / 255 and handle.prediction.any()
+        once = teach(pair, encoder, classes=CLASSES)
+        for n in range(8):
+            once.paint(CLASSES[n % 2], "line", [(2, 4 * n), (50, 4 * n)], size=1)
+        assert same_bank(handle.bank, once.bank) and np.array_equal(handle.prediction, once.prediction)
+        return handle
+
+    asyncio.run(session())
+
+
+def test_a_stroke_interrupts_the_prediction(pair, encoder, monkeypatch):
+    module, predicted = importlib.import_module("aoi_ssl.teach"), []
+    monkeypatch.setattr(module, "BOX", 16)
+    predict = module.predict_box
+    monkeypatch.setattr(module, "predict_box", lambda bank, image, keys, box: (predicted.append(box), predict(bank, image, keys, box))[1])
+
+    async def session():
+        handle = teach(pair, encoder, classes=CLASSES)
+        await idle(handle)
+        handle._handle_custom_msg(message("paint", points=[[60, 40], [62, 46]]), [])
+        while len(predicted) < 3:
+            await asyncio.sleep(0.005)
+        assert predicted[0] == (32, 48, 48, 64)  # where the stroke is
+        predicted.clear()
+        handle._handle_custom_msg(message("paint", points=[[2, 2], [8, 8]], **{"class": "ball"}), [])
+        await idle(handle)
+        assert predicted[0] == (0, 16, 0, 16) and len(predicted) == 24  # all of both images, with both strokes
+        expected = handle.bank.predict(pair["one"][None])[0].numpy()
+        assert np.abs(handle.prediction - expected).max() < 1e-5 and len(predicted) == 24
+
+    asyncio.run(session())
+
+
+def test_whoever_asks_gets_all_strokes(pair, encoder, bank, monkeypatch):
+    shell = type("Shell", (), {"events": EventManager(None, dict.fromkeys(("pre_run_cell", "post_run_cell"), lambda result: None))})()
+    monkeypatch.setattr(importlib.import_module("aoi_ssl.teach"), "get_ipython", lambda: shell)
+
+    async def session():
+        mine = copy.deepcopy(bank)
+        handle = teach(pair, mine.encoder, mine)
+        await idle(handle)
+        count = len(mine.keys)
+        handle._handle_custom_msg(message("paint"), [])
+        assert len(mine.keys) == count and handle._timer is not None
+        shell.events.trigger("pre_run_cell", None)  # a cell is run before the loop had time
+        assert len(mine.keys) > count
+        for ask in (lambda: handle.prediction, lambda: handle.bank, lambda: handle.picture(), lambda: handle.suggest()):
+            handle._handle_custom_msg(message("undo"), [])
+            handle._handle_custom_msg(message("paint", size=5), [])
+            assert handle._unlearned
+            ask()
+            assert not handle._unlearned and mine.images[-1]["stem"] == "one"
+        assert np.array_equal(handle.prediction, handle.prediction) and handle._predicted[0].left == []
+        sent = []
+        handle.send = lambda content, buffers=None: sent.append(content)
+        await idle(handle)
+        assert ("0", 7) in [(c["source"], c["start"]) for c in sent if c["kind"] == "update"]  # the page is told as well
+
+    asyncio.run(session())
 
 
 def test_a_bank_that_is_given_goes_on_learning(pair, encoder, bank):
@@ -364,13 +463,14 @@ def test_a_bank_that_is_given_keeps_its_thresholds_unless_asked(pair, bank):
 
 def test_what_is_done_to_the_bank_in_a_cell_is_noticed(pair, encoder, scene, monkeypatch):
     _, masks, _ = scene
-    shell = type("Shell", (), {"events": EventManager(None, {"post_run_cell": lambda result: None})})()
+    shell = type("Shell", (), {"events": EventManager(None, dict.fromkeys(("pre_run_cell", "post_run_cell"), lambda result: None))})()
     monkeypatch.setattr(importlib.import_module("aoi_ssl.teach"), "get_ipython", lambda: shell)
     handle = finish(teach(pair, encoder, classes=CLASSES, learning=False), 0, masks[0]).learn()
     sent, shown = [], handle.prediction.copy()
     handle.send = lambda content, buffers=None: sent.append(content["kind"])
     shell.events.trigger("post_run_cell", None)
     assert sent == [] and handle.by_hand == []  # nothing was done
+    shell.events.trigger("pre_run_cell", None)
     handle.bank.thresholds[1] = 0.9
     shell.events.trigger("post_run_cell", None)
     assert handle.cuts[1] == pytest.approx(0.9) and handle.by_hand == ["ball"] and sent == ["update", "update"]

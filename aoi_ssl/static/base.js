@@ -216,7 +216,8 @@ export class Source {
   }
 
   async onTile(message, buffers) {
-    if (message.kind === "update" && message.source === this.prefix + this.index && message.stamp === this.meta?.stamp) await this.update(message, buffers);
+    if (message.kind === "update" && message.source === this.prefix + this.index && message.stamp === this.meta?.stamp) // one after the other, as they came
+      await (this.updated = (this.updated ?? Promise.resolve()).then(() => this.update(message, buffers)));
     if (message.kind !== "tile" || message.source !== this.prefix + this.index || message.stamp !== this.meta?.stamp) return;
     const { level, row, column } = message, side = 2 ** level, key = `${level}/${row}/${column}`;
     const tile = await decode(buffers, this.meta.planes);
@@ -230,7 +231,10 @@ export class Source {
     if (whole !== this.whole) return;
     for (let c = 0; c < count; c++) for (let row = 0; row < part.height; row++)
       whole.planes[start + c].set(part.planes[c].subarray(row * part.width, (row + 1) * part.width), (y + row) * whole.width + x);
-    for (const [key, tile] of this.tiles) this.tiles.set(key, { ...tile, stale: true, asked: false });
+    const [top, left, bottom, right] = [y, x, y + part.height, x + part.width].map((v) => v * whole.side);
+    for (const [key, tile] of this.tiles) // one that is on its way may come from before
+      if (!tile.planes || (tile.x < right && left < tile.x + tile.width * tile.side && tile.y < bottom && top < tile.y + tile.height * tile.side))
+        this.tiles.set(key, { ...tile, stale: true, asked: false });
     this.edits++;
     this.ready?.(this);
   }
