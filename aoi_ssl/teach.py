@@ -32,23 +32,21 @@ import numpy as np
 import pandas as pd
 import torch
 import traitlets
-from datasets import Dataset
 from IPython import get_ipython
 from scipy import ndimage
 from torch import Tensor
 
 from .canvas import checked_image
 from .core import AoiError, atomic_path, write_json
-from .data import ImageList, class_names, native_item
+from .data import ImageList
 from .features import embed, grid_corner, shift_offsets
-from .files import to_unit
 from .masks import fill_polygon, mask_format_of, write_mask
 from .patches import guided_filter
 from .recall import lay_rows, like_devices, recall, regress, search_keys, shared, to_keys, voices
 from .remember import Recipe, remember_image
 from .retrieval import BANK_TENSORS, MemoryBank, append_rows, empty_bank, shrink_bank, subset_bank
 from .search import MOST_EXACT, ExactIndex
-from .show import Picture, taught
+from .show import Picture, labels_in, taught, taught_classes
 from .suggest import suggest_next
 from .widgets import Handle, Planes, TraitValueError, page_module, shown_in
 
@@ -237,27 +235,19 @@ class Pile:
             raise AoiError("There are 0 images to label; one at least was expected.")
         if self.images.dataset is None:
             named = zip(self.names, self.images, strict=True)
-            self._read = {index: (checked_image(image, name), None, None) for index, (name, image) in enumerate(named)}
+            self._read = {index: checked_image(image, name) for index, (name, image) in enumerate(named)}
 
     def image(self, index: int) -> np.ndarray:  # (C, H, W)
         "An image by its number."
-        return self._row(index)[0]
-
-    def labels(self, index: int, count: int) -> Labels:  # of the image
-        "The labels that an image comes with; all unknown where it has none."
-        image, mask, ignore = self._row(index)
-        if mask is None:
-            return Labels(np.zeros((count, *image.shape[1:]), bool), np.zeros(image.shape[1:], bool))
-        unknown = np.zeros(image.shape[1:], bool) if ignore is None else ignore.any(0)
-        return Labels(mask & ~unknown, ~unknown)
-
-    def _row(self, index: int) -> tuple:
         if index not in self._read:
-            item = native_item(self.images.dataset, index)
-            self._read[index] = to_unit(item["image"]).numpy(), item["mask"], item["ignore"]
+            self._read[index] = self.images[index].numpy()
             while len(self._read) > 8:
                 self._read.pop(next(iter(self._read)))
         return self._read[index]
+
+    def labels(self, index: int, count: int) -> Labels:  # of the image
+        "The labels that an image comes with; all unknown where it has none."
+        return Labels(*labels_in(self.images, index, count, self.image(index).shape[1:]))
 
 # %% ../nbs/api/21_teach.ipynb #cdd16304
 def default_journal(
@@ -1167,36 +1157,38 @@ def save_labels(
     handle: TeachState,  # with labels
     out: str | Path | None,  # folder
     *,
-    overwrite: bool = False,  # replace files that are there already
-) -> pd.DataFrame:  # stem, file, labelled
+    overwrite: bool = False,  # replace and remove files that are there already
+) -> pd.DataFrame:  # stem, file, labelled; without a file, and 0, where a mask was removed
     "Write the masks of the images that were labelled here. Raises `AoiError` before the first if a file is in the way."
-    touched = [i for i in sorted(handle._touched) if handle.labels_of(i).known.any()]
-    if out is None or not touched:
-        where = "Where to? Pass a folder: save('masks'), or teach(..., out='masks')."
-        raise AoiError(where if out is None else "There is no label to save. Paint some.")
+    if out is None:
+        raise AoiError("Where to? Pass a folder: save('masks'), or teach(..., out='masks').")
     out, suffix = Path(out), mask_format_of(handle.mask_format).suffix
-    paths = {i: out / f"{handle.names[i]}{suffix}" for i in touched}
-    there = [
-        p
-        for path in paths.values()
-        for p in mask_files(path, handle.classes, handle.mask_format)
-        if p.exists() and p not in handle.written
-    ]
+    paths = {i: out / f"{handle.names[i]}{suffix}" for i in sorted(handle._touched)}
+    files = {i: [p for p in mask_files(path, handle.classes, handle.mask_format) if p.exists()] for i, path in paths.items()}
+    bare = [i for i in paths if not handle.labels_of(i).known.any()]
+    there = [p for i in files if i not in bare for p in files[i] if p not in handle.written]
+    gone = [p for i in bare for p in files[i]]
+    if len(bare) == len(paths) and not gone:
+        raise AoiError("There is no label to save. Paint some.")
     head = {"classes": handle.classes, "mask_format": handle.mask_format}
     if (out / "classes.json").exists() and json.loads((out / "classes.json").read_text()) != head:
         raise AoiError(
             f"{out / 'classes.json'} names other classes or another format than {head}. Choose another folder."
         )
-    if there and not overwrite:
-        raise AoiError(
-            f"{len(there)} masks are there already, the first is {there[0]}. Pass overwrite=True, or choose another folder."
-        )
+    if (there or gone) and not overwrite:
+        words = [f"{len(there)} masks are there already, the first is {first}" for first in there[:1]]
+        words += [f"{len(gone)} masks are of images that have no label any more, the first is {first}" for first in gone[:1]]
+        asked = " and ".join(["replace"] * bool(there) + ["remove"] * bool(gone))
+        raise AoiError(f"{'. '.join(words)}. Pass overwrite=True to {asked} them, or choose another folder.")
     rows = []
     for i, path in paths.items():
         labels = handle.labels_of(i)
         ignore = None if labels.known.all() else ~labels.known
-        for old in mask_files(path, handle.classes, handle.mask_format):
+        for old in files[i]:
             old.unlink(missing_ok=True)
+        if i in bare:
+            rows += [{"stem": handle.names[i], "file": "", "labelled": 0.0}] * bool(files[i])
+            continue
         write_mask(path, labels.mask, classes=handle.classes, mask_format=handle.mask_format, ignore=ignore)
         handle.written |= set(mask_files(path, handle.classes, handle.mask_format))
         rows.append({"stem": handle.names[i], "file": str(path), "labelled": float(labels.known.mean())})
@@ -1254,9 +1246,12 @@ def teach_save(
     except AoiError as e:
         if "overwrite=True" not in str(e):
             raise
-        handle.question = str(e).split(". Pass overwrite")[0] + ". Replace them?"
+        words, rest = str(e).split(". Pass overwrite=True to ")
+        handle.question = f"{words}. {rest.split(' them')[0].capitalize()} them?"
         return
-    handle.state = handle.state | {"hint": f"Saved the masks of {len(table)} images to {handle.out}."}
+    removed = int((table["file"] == "").sum())
+    hint = f"Saved the masks of {len(table) - removed} images to {handle.out}."
+    handle.state = handle.state | {"hint": hint + f" Removed those of {removed} that have no label any more." * bool(removed)}
 
 
 def teach_picture(
@@ -1264,7 +1259,7 @@ def teach_picture(
 ) -> Picture:  # the figure
     "What the widget shows, as a figure."
     cuts = np.array(handle.cuts, np.float32)[:, None, None]
-    both = [(i, teach_predict(handle, i) > cuts) for i in (handle.index, handle.next_index)]
+    both = [(i, teach_predict(handle, i) > cuts) for i in dict.fromkeys((handle.index, handle.next_index))]
     items = [
         (handle.names[i], handle.pile.image(i), handle.labels_of(i).mask, handle.labels_of(i).known, p) for i, p in both
     ]
@@ -1291,13 +1286,7 @@ def teach(
 ) -> Teacher:  # the handle
     "Label images with a bank that learns along. Raises `AoiError` for classes that do not fit, or a journal of others."
     pile = Pile(images)
-    if classes is None:
-        classes = bank.classes if bank is not None else class_names(images) if isinstance(images, Dataset) else None
-    if not classes or (bank is not None and list(bank.classes) != list(classes)):
-        raise AoiError(
-            f"The classes are {classes}, those of the bank {bank and bank.classes}; the same names were expected. Pass "
-            "classes=[...]."
-        )
+    classes = taught_classes(pile.images, bank, classes)
     if journal == "auto":
         journal = default_journal(pile, classes) if out is None else Path(out) / "teach.jsonl"
     look = {"learning": learning, "light": light, "stretch": stretch, "opacity": opacity}

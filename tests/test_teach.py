@@ -17,6 +17,7 @@ from IPython.core.events import EventManager
 from PIL import Image
 from test_widgets import CLASSES, bank, encoder, from_page, scene  # noqa: F401  (fixtures are found by name)
 
+from aoi_ssl import show
 from aoi_ssl.core import AoiError
 from aoi_ssl.remember import learn_space, recipe_name
 from aoi_ssl.retrieval import BANK_TENSORS, empty_bank
@@ -199,12 +200,73 @@ def test_masks_are_saved_in_the_contract_and_never_replaced_unasked(folder, tmp_
     with pytest.raises(AoiError, match="there already"):
         other.save()
     other._handle_custom_msg({"kind": "save"}, [])
-    assert "Replace them?" in other.question and other.error == ""
+    assert other.question.endswith("Replace them?") and other.error == ""
     other._handle_custom_msg({"kind": "save", "overwrite": True}, [])
     assert other.question == "" and "Saved" in other.state["hint"]
     bits = teach(dataset, encoder, classes=["wire"], learning=False)
     with pytest.raises(AoiError, match="Where to"):
         bits.save()
+
+
+def test_masks_of_labels_that_were_taken_back_are_removed_when_told(pair, encoder, tmp_path):
+    handle = teach(pair, encoder, classes=CLASSES, out=tmp_path, learning=False)
+    handle.paint("wire", "line", [(3, 3), (40, 30)]).go(1).paint("ball", "brush", [(9, 9)]).save()
+    before = sorted(p.name for p in tmp_path.glob("*.png"))
+    handle.undo()
+    with pytest.raises(AoiError, match=r"\d masks are of images that have no label any more.*two_.*overwrite=True to remove them"):
+        handle.save()
+    handle._handle_custom_msg({"kind": "save"}, [])
+    assert handle.question.endswith("Remove them?") and handle.error == "" and sorted(p.name for p in tmp_path.glob("*.png")) == before
+    handle._handle_custom_msg({"kind": "save", "overwrite": True}, [])
+    assert handle.question == "" and "Saved the masks of 1 images" in handle.state["hint"] and "Removed those of 1" in handle.state["hint"]
+    assert not [*tmp_path.glob("two*")] and [*tmp_path.glob("one*")]
+    handle.go(0).undo()
+    assert handle.save(overwrite=True).to_dict("records") == [{"stem": "one", "file": "", "labelled": 0.0}]
+    assert not [*tmp_path.glob("*.png")]
+    with pytest.raises(AoiError, match="no label to save"):
+        handle.save(overwrite=True)
+    handle.redo().go(1).redo().save()
+    again = teach(pair, encoder, classes=CLASSES, out=tmp_path, learning=False)
+    again.paint("wire", "brush", [(9, 9)]).go(1).paint("ball", "brush", [(9, 9)]).undo()
+    again._handle_custom_msg({"kind": "save"}, [])
+    assert again.question.endswith("Replace and remove them?")
+
+
+def test_teach_and_its_twin_draw_the_same(pair, bank, folder):
+    from aoi_ssl.data import load_folder
+
+    learned = copy.deepcopy(bank)
+    learned.thresholds[:] = 0.3
+    handle = teach(pair, learned.encoder, learned, CLASSES, light="mean", opacity=0.4, index=1, learning=False)
+    handle.paint("wire", "line", [(3, 3), (40, 30)]).paint("epoxy", "circle", [(30, 20), (36, 20)])
+    labels = {"two": (handle.labels, handle.known)}
+    twin = show.teach(pair, learned.encoder, learned, CLASSES, light="mean", opacity=0.4, index=1, learning=False, labels=labels)
+    pixels = [np.asarray(Image.open(io.BytesIO(f._repr_png_())).convert("RGB")).astype(int) for f in (handle.picture(), twin)]
+    assert pixels[0].shape == pixels[1].shape and np.abs(pixels[0] - pixels[1]).mean() < 0.5 and handle.picture().alt == twin.alt
+    data = load_folder(folder)["train"]
+    assert "labels on 100.0%" in show.teach(data, None).alt and data["stem"][0] in show.teach(data, None).alt
+    rows = [data[0], data[1]]
+    assert show.teach(rows, None, classes=CLASSES).alt == teach(rows, bank.encoder, classes=CLASSES).picture().alt
+    assert show.teach({"a": rows[0]["image"]}, None, classes=CLASSES).alt.count("predicted") == 1
+    for wrong in ({"classes": ["wire"]}, {"index": 2}):
+        with pytest.raises(AoiError):
+            show.teach(pair, bank.encoder, bank, **wrong)
+    with pytest.raises(AoiError, match="classes"):
+        show.teach(pair, bank.encoder)
+
+
+def test_predictions_are_striped_and_labels_filled():
+    "Where one class is both labelled and predicted, the two can be told apart without colour: by how much of an area is painted."
+    grey, mask = np.full((2, 64, 64), 0.5, np.float32), np.zeros((4, 64, 64), bool)
+    mask[3, 8:56, 8:56] = True
+    picture = show.taught([("a", grey, mask, np.ones((64, 64), bool), mask)], CLASSES, width=9)
+    painted = []
+    for axes in picture.axes:
+        panel = axes.images[0].get_array()
+        inside = panel[len(panel) // 4 : -len(panel) // 4, len(panel) // 4 : -len(panel) // 4]
+        painted.append((np.ptp(inside, axis=-1) > 0.05).mean())
+    assert painted[0] == 1 and 0.2 < painted[1] < 0.3
+    assert {"labelled", "predicted"} <= {t.get_text() for t in picture.texts}
 
 
 def test_the_page_of_teach(pair, encoder):

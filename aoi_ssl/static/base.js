@@ -312,8 +312,8 @@ export function above(plane, value) {
   return out;
 }
 
-/** Masks of ones and zeros (or null) as a transparent picture: filled and outlined, as in show.overlay. */
-export function masksOn({ width, height }, masks, colours, { alpha = 0.3 } = {}) {
+/** Masks of ones and zeros (or null) as a transparent picture: filled, or striped, and outlined, as in show.overlay. */
+export function masksOn({ width, height }, masks, colours, { alpha = 0.3, hatched = false } = {}) {
   const canvas = new OffscreenCanvas(width, height), context = canvas.getContext("2d");
   const image = context.createImageData(width, height), out = image.data;
   masks.forEach((on, k) => {
@@ -322,6 +322,7 @@ export function masksOn({ width, height }, masks, colours, { alpha = 0.3 } = {})
     for (let y = 0, i = 0; y < height; y++) for (let x = 0; x < width; x++, i++) {
       if (!on[i]) continue;
       const edge = (x > 0 && !on[i - 1]) || (x < width - 1 && !on[i + 1]) || (y > 0 && !on[i - width]) || (y < height - 1 && !on[i + width]);
+      if (hatched && !edge && (x + y) % 8 > 1) continue;
       const j = 4 * i, a = edge ? 1 : alpha, before = out[j + 3] / 255 * (1 - a), after = a + before;
       out[j] = (r * a + out[j] * before) / after;
       out[j + 1] = (g * a + out[j + 1] * before) / after;

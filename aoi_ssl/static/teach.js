@@ -123,6 +123,8 @@ class Teacher {
     const side = make("div", { class: "aoi-side aoi-wide" }, pager, this.facts, actions, this.question, this.odd,
       make("div", { class: "aoi-group" }, toggle(this.model, "learning", "Learn from each stroke", "Put the labels into the bank after each stroke, and predict anew")), this.bankLine, this.kept, this.views[1].root);
     this.page.body.append(this.views[0].root, side);
+    const grey = [120, 128, 136];
+    this.page.legend.append(swatch("labelled: filled", grey), swatch("predicted: striped", grey, { fill: "hatched" }));
   }
 
   /** A class in the table: its shares, its threshold, and a way to give a threshold that was set by hand back to the bank. */
@@ -193,8 +195,9 @@ class Teacher {
     const text = this.get("question");
     this.question.hidden = !text;
     if (!text) return;
+    const verb = text.match(/([^.]*) them\?$/)?.[1].trim() ?? "Replace"; // the question ends with what is to be done
     this.question.replaceChildren(make("p", {}, text), make("div", { class: "aoi-group" },
-      button("Replace them", () => this.send("save", { overwrite: true }), { text: "Replace" }), button("Save nothing", () => put(this.model, { question: "" }), { text: "Cancel" })));
+      button(`${verb} them`, () => this.send("save", { overwrite: true }), { text: verb }), button("Save nothing", () => put(this.model, { question: "" }), { text: "Cancel" })));
     this.question.querySelector("button:last-of-type").focus();
   }
 
@@ -207,9 +210,9 @@ class Teacher {
 
   paintPrediction(context, parts, source, start) {
     if (!this.get("show_prediction")) return;
-    const K = this.classes.length, cuts = this.get("cuts"), colours = this.get("class_colours"), alpha = this.get("opacity") * 0.7;
+    const K = this.classes.length, cuts = this.get("cuts"), colours = this.get("class_colours"), alpha = Math.min(1, this.get("opacity") + 0.25);
     drawParts(context, parts, "prediction", JSON.stringify([cuts, alpha, source.edits, source.version]), (part) =>
-      masksOn(part, part.planes.slice(source.meta.lights + start, source.meta.lights + start + K).map((p, k) => above(p, cuts[k] * 255)), colours, { alpha }));
+      masksOn(part, part.planes.slice(source.meta.lights + start, source.meta.lights + start + K).map((p, k) => above(p, cuts[k] * 255)), colours, { alpha, hatched: true }));
   }
 
   paint(context, { parts, pixel }) {
