@@ -366,16 +366,18 @@ def paint(
     *,
     alpha: float,  # 0 (outline only) .. 1 (opaque fill)
     ignore: np.ndarray | None = None,  # (h, w) bool
+    hatched: bool = False,  # stripes instead of a fill
 ) -> np.ndarray:  # (h, w, 3)
-    "Fill and outline every class, the largest first; hatch what is ignored."
-    picture = picture.copy()
+    "Fill, or stripe, and outline every class, the largest first; hatch what is ignored."
+    picture, (y, x) = picture.copy(), np.indices(picture.shape[:2])
+    fill = (y + x) % 8 < 2 if hatched else np.ones(picture.shape[:2], bool)
     order = np.argsort(-mask.sum((1, 2)), kind="stable")
     for k in order:
-        picture[mask[k]] = (1 - alpha) * picture[mask[k]] + alpha * np.array(class_colour(k))
+        part = mask[k] & fill
+        picture[part] = (1 - alpha) * picture[part] + alpha * np.array(class_colour(k))
     for k in order:
         picture[mask[k] & ~ndimage.binary_erosion(mask[k], border_value=1)] = class_colour(k)
     if ignore is not None:
-        y, x = np.indices(ignore.shape)
         picture[ignore] = picture[ignore] * 0.5 + 0.25
         picture[ignore & ((y + x) % 8 < 2)] = 0.75
     return picture

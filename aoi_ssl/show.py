@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['similarity', 'neighbours', 'reconstruction', 'curves', 'score_chart', 'image_of', 'bank_image', 'upright_masks',
            'thumbnail', 'explore', 'scale_limits', 'explored', 'inspect', 'name_segmenters', 'novelty_note',
-           'novelty_of', 'NoveltyMaps', 'novelty_maps', 'inspected', 'teach', 'taught', 'watch', 'watched', 'Picture',
-           'PALETTE', 'ERROR_COLOURS', 'class_colour', 'false_colour', 'lights', 'gallery', 'overlay', 'compare',
-           'errors']
+           'novelty_of', 'NoveltyMaps', 'novelty_maps', 'inspected', 'teach', 'taught_classes', 'labels_in', 'taught',
+           'watch', 'watched', 'Picture', 'PALETTE', 'ERROR_COLOURS', 'class_colour', 'false_colour', 'lights',
+           'gallery', 'overlay', 'compare', 'errors']
 
 # %% ../nbs/api/17_show.ipynb #e5a19f04
 import math
@@ -31,9 +31,9 @@ from .canvas import as_array, as_picture, checked_image, checked_mask, class_col
 from .canvas import contain, empty_panel, false_colour, fill_panel, ground_of, lay_out, letterbox, paint
 from .canvas import pool_counts, wrap_text, write_text
 from .core import AoiError
-from .data import ImageList
+from .data import ImageList, class_names, native_item
 from .files import to_unit
-from .predict import plain_thresholds, predict_image
+from .predict import plain_thresholds, predict_image, to_mask
 from .recall import patch_masks
 from .similar import as_held, check_same_encoder, feature_grids, held_query, neighbours_of_held, pca_colours, plain_keys
 from .similar import similarity_map, why_not_searched
@@ -676,23 +676,69 @@ def _heat_maps(image, found: NoveltyMaps, what: str, *, alpha: float, light, str
 
 # %% ../nbs/api/17_show.ipynb #ca763fbf
 def teach(
-    images: Sequence[Tensor | np.ndarray],  # (C, H, W) in [0, 1] each
-    bank: object,  # a MemoryBank, or any Segmenter
+    images: object,  # a dataset; a mapping name -> (C, H, W) in [0, 1]; or a list of these or of rows of a dataset
+    encoder: object,  # as for the widget, where it makes a bank
+    bank: object = None,  # a MemoryBank, or any Segmenter; None: nothing is predicted
+    classes: Sequence[str] | None = None,  # class names; None: those of the bank or of the dataset
     *,
-    labels: Sequence[tuple[np.ndarray, np.ndarray]] = (),  # of the first images: mask (K, H, W) bool, known (H, W) bool
+    labels: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,  # name -> mask (K, H, W), known (H, W) bool; None: the dataset's
+    method: object = "fast",  # as for the widget
+    out: object = None,  # as for the widget
+    mask_format: str = "classes",  # as for the widget
+    journal: object = "auto",  # as for the widget
+    suggest: object = None,  # as for the widget
+    index: int = 0,  # of the image; the next one is shown beside it
+    learning: bool = True,  # as for the widget
     light: int | str = 0,  # what lies under: a light's index, "mean" or "colour"
     stretch: bool = False,  # brighten a dark image
     opacity: float = 0.35,  # strength of the colours, 0 to 1
+    seed: int = 0,  # as for the widget
     width: float = 9.0,  # inches
 ) -> Picture:  # the figure
-    "What the widget `teach` shows of a bank and a few images. Raises `AoiError` for what does not fit."
-    items, cuts = [], bank.thresholds[:, None, None].cpu()
-    for i, image in enumerate(map(checked_image, images)):
-        nothing = np.zeros((len(bank.classes), *image.shape[1:]), bool), np.zeros(image.shape[1:], bool)
-        mask, known = labels[i] if i < len(labels) else nothing
-        predicted = (predict_image(bank, torch.as_tensor(image)) > cuts).numpy()
-        items.append((f"image {i}", image, mask, known, predicted))
-    return taught(items, bank.classes, light=light, stretch=stretch, opacity=opacity, width=width)
+    "What the widget `teach` shows of a bank, an image and the next one. Raises `AoiError` for what does not fit."
+    listed, labels = ImageList(images).distinct(), labels or {}
+    classes = taught_classes(listed, bank, classes)
+    if not 0 <= index < len(listed):
+        raise AoiError(f"index={index}; there are {len(listed)} images. Count from 0.")
+    items = []
+    for i in dict.fromkeys((index, (index + 1) % len(listed))):
+        image = checked_image(listed[i], listed.names[i])
+        mask, known = labels.get(listed.names[i]) or labels_in(listed, i, len(classes), image.shape[1:])
+        predicted = np.zeros_like(mask)
+        if bank is not None and len(getattr(bank, "keys", "?")):
+            predicted = to_mask(predict_image(bank, torch.as_tensor(image)).cpu(), bank.thresholds.cpu()).numpy()
+        items.append((listed.names[i], image, mask, known, predicted))
+    return taught(items, classes, light=light, stretch=stretch, opacity=opacity, width=width)
+
+
+def taught_classes(
+    listed: ImageList,  # the images
+    bank: object,  # a Segmenter, or None
+    classes: Sequence[str] | None,  # as for `teach`
+) -> list[str]:  # K names
+    "The classes of a session. Raises `AoiError` if none are known, or the bank has others."
+    if classes is None:
+        classes = bank.classes if bank is not None else class_names(listed.dataset) if listed.dataset is not None else None
+    if not classes or (bank is not None and list(bank.classes) != list(classes)):
+        raise AoiError(
+            f"The classes are {classes}, those of the bank {bank and bank.classes}; the same names were expected. Pass "
+            "classes=[...]."
+        )
+    return list(classes)
+
+
+def labels_in(
+    listed: ImageList,  # the images
+    index: int,  # of one
+    count: int,  # K
+    shape: tuple[int, int],  # height and width of the image
+) -> tuple[np.ndarray, np.ndarray]:  # mask (K, H, W) and known (H, W), bool
+    "The labels that an image of a dataset comes with; all unknown where it has none."
+    item = native_item(listed.dataset, index) if listed.dataset is not None else {"mask": None}
+    if item["mask"] is None:
+        return np.zeros((count, *shape), bool), np.zeros(shape, bool)
+    unknown = np.zeros(shape, bool) if item["ignore"] is None else as_array(item["ignore"]).any(0)
+    return as_array(item["mask"]) & ~unknown, ~unknown
 
 
 def taught(
@@ -713,6 +759,7 @@ def taught(
             panels.append((f"{name}: labels on {known.mean():.1%} of the pixels", image, mask, ~known))
         panels.append((f"{name}: predicted", image, predicted, None))
     shape, legend = items[0][1].shape[1:], class_legend(list(classes))
+    legend += [("labelled", MUTED, "pale"), ("predicted", MUTED, "hatched")]
     words = "; ".join(
         f"{head}: {', '.join(c for c, m in zip(classes, mask, strict=True) if m.any()) or 'nothing'}"
         for head, _, mask, _ in panels
@@ -724,7 +771,8 @@ def taught(
             ground = np.where(
                 (pool_counts(~unknown[None], *ground.shape[:2]) > 0)[0][..., None], ground, ground * 0.55
             )
-        fill_panel(panel, letterbox(paint(ground, pool_counts(mask, *ground.shape[:2]) > 0, alpha=opacity), size))
+        how = {"alpha": opacity} if unknown is not None else {"alpha": min(1.0, opacity + 0.25), "hatched": True}
+        fill_panel(panel, letterbox(paint(ground, pool_counts(mask, *ground.shape[:2]) > 0, **how), size))
     return figure
 
 # %% ../nbs/api/17_show.ipynb #92f2a792

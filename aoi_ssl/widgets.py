@@ -64,9 +64,12 @@ def shrink(
     "Planes at a smaller scale."
     if times == 1:
         return planes
-    mean = functional.avg_pool2d(planes[None, :lights], times, ceil_mode=True, count_include_pad=False)[0]
-    most = functional.max_pool2d(planes[None, lights:], times, ceil_mode=True)[0] if lights < len(planes) else mean[:0]
-    return torch.cat([mean, most])
+    parts = []
+    if lights:
+        parts.append(functional.avg_pool2d(planes[None, :lights], times, ceil_mode=True, count_include_pad=False)[0])
+    if lights < len(planes):
+        parts.append(functional.max_pool2d(planes[None, lights:], times, ceil_mode=True)[0])
+    return torch.cat(parts)
 
 # %% ../nbs/api/18_widgets.ipynb #96e27222
 def encode_planes(
@@ -121,6 +124,15 @@ class Planes:
     def overview(self, start: int = 0) -> list[bytes]:
         "The whole picture, or its planes from a number on, small enough for a screen, as PNG files."
         return self._part(self.level, 0, 0, 2**20, start)
+
+    def piece(self, start: int, count: int, box: tuple[int, int, int, int]) -> tuple[dict, list[bytes]]:
+        "Some planes beside the lights within a box (top, bottom, left, right): the place in the overview, and PNG files."
+        times = 2**self.level
+        (y, bottom), (x, right) = ((a // times, -(-b // times)) for a, b in (box[:2], box[2:]))
+        part = self.data[start:start + count, y * times:bottom * times, x * times:right * times]
+        if self.level:
+            part = shrink(torch.from_numpy(part).float(), times, 0).byte().numpy()
+        return {"start": start, "count": count, "y": y, "x": x}, encode_planes(part)
 
     def tile(self, level: int, row: int, column: int) -> list[bytes]:
         "A tile at a scale of 1 / 2**level, as PNG files."

@@ -657,6 +657,56 @@ def test_teach(bench):
     b.page.wait_for_function("([input, cut]) => Math.abs(input.value - cut) < 0.011", arg=[threshold.element_handle(), answer["cuts"][0]])
 
 
+def polygon_by_keys(b) -> None:
+    "Paint a square of epoxy, 24 pixels wide, by keyboard alone."
+    b.focus()
+    for key in ["p", "4"] + ["Shift+ArrowLeft"] * 3 + ["Enter", "Shift+ArrowRight"] + ["ArrowRight"] * 8 + ["Enter", "Enter"]:
+        b.page.keyboard.press(key)
+    assert "three corners" in b.page.locator(".aoi-status").inner_text()  # a corner given twice closes nothing yet
+    for key in ["Shift+ArrowDown"] + ["ArrowDown"] * 8 + ["Enter", "Shift+ArrowLeft"] + ["ArrowLeft"] * 8 + ["Enter", "Enter"]:
+        b.page.keyboard.press(key)
+
+
+def test_teach_without_a_mouse_and_without_a_kernel(bench):
+    "A polygon by keyboard, and by double click; labels survive a restart unasked, and who paints on a dead kernel is told."
+    code = TEACH.replace("look(3, i)", "look(3, i, 256)").replace(', out="taught"', "")
+    b = bench("teach-kernel.ipynb", code, ASK_TEACH, "None")
+    b.run(0)
+    b.widget()
+    polygon_by_keys(b)
+    assert b.ask(until=lambda a: a["labels"][3])["labels"][3] == 24 * 24
+    b.page.locator(".aoi-palette").get_by_role("button", name="ball").click()
+    b.page.locator(".aoi-main canvas").scroll_into_view_if_needed()
+    for y, x in [(20, 20), (20, 60)]:
+        b.page.mouse.click(*b.at(y, x))
+    b.page.mouse.dblclick(*b.at(60, 60))
+    answer = b.ask(until=lambda a: a["labels"][1])
+    assert abs(answer["labels"][1] - 800) < 60 and answer["error"] == ""
+    assert b.js("return w.shape;") is None and b.page.locator(".aoi-silent").is_hidden()
+
+    ask_server(b.url, f"kernels/{kernel_of(b)}/restart", "POST")
+    b.focus()
+    b.page.keyboard.press("l")
+    drag(b, (200, 20), (200, 60))
+    silent = b.page.locator(".aoi-silent")
+    silent.wait_for(timeout=20_000)
+    assert "run the cell again" in silent.inner_text() and "1 stroke is not taken" in silent.inner_text()
+    b.shoot("teach-no-kernel")
+    b.run(2)  # so that the number of the first cell is another than before
+    b.run(0)
+    b.page.wait_for_timeout(300)
+    b.widget()
+    again = b.ask(until=lambda a: a["known"])
+    assert again["labels"] == answer["labels"] and b.page.locator(".aoi-silent").is_hidden()
+    assert "2 steps were done again" in b.page.locator(".aoi-kept").inner_text()
+    b.shoot("teach-again")
+
+
+def kernel_of(b) -> str:
+    "The id of the kernel of a notebook."
+    return next(s["kernel"]["id"] for s in ask_server(b.url, "sessions") if s["path"] == b.name)
+
+
 # watch
 
 

@@ -69,7 +69,7 @@ def test_greedy_is_the_best_single_image():
 
 
 def test_teach_suggests_what_is_unlabelled():
-    handle = teach(FOLDER, ENCODER, classes=["wire"], method="paper")  # repeated textures are nothing but their mean
+    handle = teach(FOLDER, ENCODER, classes=["wire"], method="paper", journal=None)  # repeated textures are nothing but their mean
     assert handle.names[handle.suggest()] == handle.suggestions()["stem"][0] and "typical" in handle.reason
     handle.go(handle.suggest()).paint("wire", "line", [(2, 2), (12, 12)], size=3).rest()
     second = handle.suggest()

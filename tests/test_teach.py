@@ -1,11 +1,14 @@
 "Labelling with a bank that learns along: strokes, the journal, thresholds of the bank and of the hand, what the page is told."
 # ruff: noqa: F811
 
+import asyncio
 import copy
 import importlib
 import io
 import json
+import os
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,15 +17,14 @@ from IPython.core.events import EventManager
 from PIL import Image
 from test_widgets import CLASSES, bank, encoder, from_page, scene  # noqa: F401  (fixtures are found by name)
 
+from aoi_ssl import show
 from aoi_ssl.core import AoiError
 from aoi_ssl.remember import learn_space, recipe_name
 from aoi_ssl.retrieval import BANK_TENSORS, empty_bank
-from aoi_ssl.teach import Labels, learn_image, odd_shares, stroke_mask, teach
+from aoi_ssl.teach import Labels, learn_image, odd_shares, stroke_mask
+from aoi_ssl.teach import teach as teach_kept
 
-
-@pytest.fixture
-def pair(scene):
-    return {"one": scene[0][0], "two": scene[0][1]}
+teach = partial(teach_kept, journal=None)  # a test begins afresh
 
 
 @pytest.fixture
@@ -119,6 +121,58 @@ def test_the_journal_survives_the_kernel(pair, encoder, tmp_path):
         teach({"two": pair["two"]}, encoder, **options)
 
 
+def test_labels_survive_the_kernel_without_a_word(pair, encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = teach_kept(pair, encoder, classes=CLASSES, learning=False)
+    assert [*tmp_path.iterdir()] == []  # who only looks leaves nothing behind
+    before.paint("wire", "line", [(3, 3), (40, 30)], size=3)
+    (path,) = tmp_path.iterdir()
+    assert str(path) in before.kept and path.name.startswith("teach_") and path.suffix == ".jsonl"
+    after = teach_kept(pair, encoder, classes=CLASSES, learning=False)
+    assert (after.labels == before.labels).all() and after.labels.any() and "1 steps were done again" in after.kept
+    swapped = {"one": pair["two"], "two": pair["one"]}
+    for images, classes in ((swapped, CLASSES), ([*pair.values()], CLASSES), (pair, ["wire"])):
+        other = teach_kept(images, encoder, classes=classes, learning=False)
+        assert not other.known.any() and other.journal.path != before.journal.path
+    assert teach_kept(swapped, encoder, classes=CLASSES, learning=False).kept.endswith(f"journal='{path.name}'.")  # names are alike
+    more = teach_kept(pair | {"three": pair["one"]}, encoder, classes=CLASSES, learning=False)
+    assert not more.known.any() and path.name in more.kept
+    (tmp_path / "teach_broken.jsonl").write_text("{")
+    assert "broken" not in teach_kept(swapped, encoder, classes=CLASSES, learning=False).kept
+    for nothing in (None, False):
+        lost = teach_kept(pair, encoder, classes=CLASSES, journal=nothing, learning=False).paint("wire", "brush", [(3, 3)])
+        assert lost.journal.path is None and "gone with the kernel" in lost.kept and not lost.labels[:, 20:].any()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "gone with the kernel" in teach_kept(pair, encoder, classes=CLASSES).kept
+
+
+def test_the_journal_of_a_dataset_knows_it_by_names_and_one_image(folder, tmp_path, monkeypatch):
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.encoder import PixelEncoder
+
+    monkeypatch.chdir(tmp_path)
+    dataset, encoder = load_folder(folder)["pretrain"], PixelEncoder(channels=2)
+    paths = [teach_kept(dataset.select(rows), encoder, classes=CLASSES).journal.path for rows in ([0, 1], [0, 1], [1, 0], [0, 2])]
+    assert paths[0] == paths[1] and len({*paths}) == 3
+
+
+def test_teach_on_images_larger_than_the_overview(encoder):
+    for side in (1030, 2050):
+        images = {"a": torch.rand(2, side, 1000), "b": torch.zeros(2, 64, 64)}
+        handle, sent = teach(images, encoder, classes=CLASSES, learning=False), []
+        handle.send = lambda content, buffers=None: sent.append((content, buffers))  # noqa: B023
+        handle.paint("wire", "line", [(10, side - 40), (100, side - 20)], size=1)
+        update, buffers = next(found for found in sent if found[0]["source"] == "0")
+        plane = np.asarray(Image.open(io.BytesIO(buffers[0])))[..., 0]
+        times = 2 ** handle.sources[0]["level"]
+        expected = handle.labels[0, : side // times * times].reshape(-1, times, 1000 // times, times).any((1, 3))
+        got, (rows, columns) = np.zeros_like(expected), plane.shape
+        got[update["y"] : update["y"] + rows, update["x"] : update["x"] + columns] = plane[: len(expected) - update["y"]] > 0
+        assert update["start"] == 2 and times > 1 and (got == expected).all() and expected.any() and plane.size < expected.size / 20
+        handle._handle_custom_msg({"kind": "refresh"}, [])
+        assert handle.error == "" and [c["count"] for c, _ in sent[-3:-1]] == [9, 4]  # all of it, of both images
+
+
 def test_masks_are_saved_in_the_contract_and_never_replaced_unasked(folder, tmp_path):
     from aoi_ssl.data import load_folder
     from aoi_ssl.encoder import PixelEncoder
@@ -146,12 +200,73 @@ def test_masks_are_saved_in_the_contract_and_never_replaced_unasked(folder, tmp_
     with pytest.raises(AoiError, match="there already"):
         other.save()
     other._handle_custom_msg({"kind": "save"}, [])
-    assert "Replace them?" in other.question and other.error == ""
+    assert other.question.endswith("Replace them?") and other.error == ""
     other._handle_custom_msg({"kind": "save", "overwrite": True}, [])
     assert other.question == "" and "Saved" in other.state["hint"]
     bits = teach(dataset, encoder, classes=["wire"], learning=False)
     with pytest.raises(AoiError, match="Where to"):
         bits.save()
+
+
+def test_masks_of_labels_that_were_taken_back_are_removed_when_told(pair, encoder, tmp_path):
+    handle = teach(pair, encoder, classes=CLASSES, out=tmp_path, learning=False)
+    handle.paint("wire", "line", [(3, 3), (40, 30)]).go(1).paint("ball", "brush", [(9, 9)]).save()
+    before = sorted(p.name for p in tmp_path.glob("*.png"))
+    handle.undo()
+    with pytest.raises(AoiError, match=r"\d masks are of images that have no label any more.*two_.*overwrite=True to remove them"):
+        handle.save()
+    handle._handle_custom_msg({"kind": "save"}, [])
+    assert handle.question.endswith("Remove them?") and handle.error == "" and sorted(p.name for p in tmp_path.glob("*.png")) == before
+    handle._handle_custom_msg({"kind": "save", "overwrite": True}, [])
+    assert handle.question == "" and "Saved the masks of 1 images" in handle.state["hint"] and "Removed those of 1" in handle.state["hint"]
+    assert not [*tmp_path.glob("two*")] and [*tmp_path.glob("one*")]
+    handle.go(0).undo()
+    assert handle.save(overwrite=True).to_dict("records") == [{"stem": "one", "file": "", "labelled": 0.0}]
+    assert not [*tmp_path.glob("*.png")]
+    with pytest.raises(AoiError, match="no label to save"):
+        handle.save(overwrite=True)
+    handle.redo().go(1).redo().save()
+    again = teach(pair, encoder, classes=CLASSES, out=tmp_path, learning=False)
+    again.paint("wire", "brush", [(9, 9)]).go(1).paint("ball", "brush", [(9, 9)]).undo()
+    again._handle_custom_msg({"kind": "save"}, [])
+    assert again.question.endswith("Replace and remove them?")
+
+
+def test_teach_and_its_twin_draw_the_same(pair, bank, folder):
+    from aoi_ssl.data import load_folder
+
+    learned = copy.deepcopy(bank)
+    learned.thresholds[:] = 0.3
+    handle = teach(pair, learned.encoder, learned, CLASSES, light="mean", opacity=0.4, index=1, learning=False)
+    handle.paint("wire", "line", [(3, 3), (40, 30)]).paint("epoxy", "circle", [(30, 20), (36, 20)])
+    labels = {"two": (handle.labels, handle.known)}
+    twin = show.teach(pair, learned.encoder, learned, CLASSES, light="mean", opacity=0.4, index=1, learning=False, labels=labels)
+    pixels = [np.asarray(Image.open(io.BytesIO(f._repr_png_())).convert("RGB")).astype(int) for f in (handle.picture(), twin)]
+    assert pixels[0].shape == pixels[1].shape and np.abs(pixels[0] - pixels[1]).mean() < 0.5 and handle.picture().alt == twin.alt
+    data = load_folder(folder)["train"]
+    assert "labels on 100.0%" in show.teach(data, None).alt and data["stem"][0] in show.teach(data, None).alt
+    rows = [data[0], data[1]]
+    assert show.teach(rows, None, classes=CLASSES).alt == teach(rows, bank.encoder, classes=CLASSES).picture().alt
+    assert show.teach({"a": rows[0]["image"]}, None, classes=CLASSES).alt.count("predicted") == 1
+    for wrong in ({"classes": ["wire"]}, {"index": 2}):
+        with pytest.raises(AoiError):
+            show.teach(pair, bank.encoder, bank, **wrong)
+    with pytest.raises(AoiError, match="classes"):
+        show.teach(pair, bank.encoder)
+
+
+def test_predictions_are_striped_and_labels_filled():
+    "Where one class is both labelled and predicted, the two can be told apart without colour: by how much of an area is painted."
+    grey, mask = np.full((2, 64, 64), 0.5, np.float32), np.zeros((4, 64, 64), bool)
+    mask[3, 8:56, 8:56] = True
+    picture = show.taught([("a", grey, mask, np.ones((64, 64), bool), mask)], CLASSES, width=9)
+    painted = []
+    for axes in picture.axes:
+        panel = axes.images[0].get_array()
+        inside = panel[len(panel) // 4 : -len(panel) // 4, len(panel) // 4 : -len(panel) // 4]
+        painted.append((np.ptp(inside, axis=-1) > 0.05).mean())
+    assert painted[0] == 1 and 0.2 < painted[1] < 0.3
+    assert {"labelled", "predicted"} <= {t.get_text() for t in picture.texts}
 
 
 def test_the_page_of_teach(pair, encoder):
@@ -162,14 +277,17 @@ def test_the_page_of_teach(pair, encoder):
         {"kind": "paint", "id": 7, "tool": "line", "class": "wire", "points": [[2, 2], [30, 30]], "size": 3}, []
     )
     assert handle.labels[0].any() and handle.error == ""
-    assert [c["kind"] for c, _ in sent] == ["update", "update", "done"] and sent[-1][0]["done"] == 7
+    assert [c["kind"] for c, _ in sent] == ["update", "update", "update", "done"] and sent[-1][0]["done"] == 7
+    assert [(c["source"], c["start"], c["count"]) for c, _ in sent[:3]] == [("0", 2, 5), ("0", 7, 4), ("1", 2, 4)]
     update, buffers = sent[0]
     planes = np.concatenate([np.asarray(Image.open(io.BytesIO(f))).transpose(2, 0, 1) for f in buffers])[
         : update["count"]
     ]
+    box = tuple(slice(update[a], update[a] + n) for a, n in zip("yx", planes.shape[1:], strict=True))
     assert (
-        update["start"] == 2 and (planes[0] == handle.labels[0] * 255).all() and (planes[4] == handle.known * 255).all()
+        (planes[0] == handle.labels[0][box] * 255).all() and (planes[4] == handle.known[box] * 255).all()
     )
+    assert handle.known[box].sum() == handle.known.sum() and planes[4].size < handle.known.size / 2  # what changed, and no more
     handle._handle_custom_msg(
         {"kind": "paint", "id": 8, "tool": "polygon", "class": "wire", "points": [[2, 2]], "size": 3}, []
     )
@@ -184,6 +302,97 @@ def test_the_page_of_teach(pair, encoder):
     from_page(handle, index=5)
     assert handle.index == 1
     assert handle.picture().alt
+
+
+def message(do, **more):
+    "What the page sends for a stroke along a line, or for something else."
+    stroke = {"tool": "line", "class": "wire", "points": [[2, 2], [30, 30]], "size": 3}
+    return {"kind": do, "id": 1} | (stroke if do == "paint" else {}) | more
+
+
+async def idle(handle):
+    "Let the loop run until nothing is left to do."
+    while handle._timer is not None:
+        await asyncio.sleep(0.01)
+
+
+def test_strokes_are_answered_first_and_learned_together(pair, encoder, monkeypatch):
+    module, learned, sent = importlib.import_module("aoi_ssl.teach"), [], []
+    learn = module.learn_image
+    monkeypatch.setattr(module, "learn_image", lambda bank, name, *rest, **more: (learned.append(name), learn(bank, name, *rest, **more)))
+    monkeypatch.setattr(module, "BOX", 32)  # the images have 48 x 64 pixels: four boxes
+
+    async def session():
+        handle = teach(pair, encoder, classes=CLASSES)
+        await idle(handle)
+        handle.send = lambda content, buffers=None: sent.append(content)
+        for n in range(8):
+            handle._handle_custom_msg(message("paint", points=[[2, 4 * n], [50, 4 * n]], size=1, **{"class": CLASSES[n % 2]}), [])
+        assert [c["kind"] for c in sent] == ["update", "done"] * 8 and learned == [] and handle.labels[:2, ::4, 10].sum() == 8
+        assert {c["count"] for c in sent if c["kind"] == "update"} == {5} and handle.state["shares"][0] > 0
+        await idle(handle)
+        assert learned == ["one"] and handle.error == ""
+        assert [(c["source"], c["start"]) for c in sent[16:]] == [("0", 7)] * 4 + [("1", 2)] * 4  # this image, then the next one
+        assert (sent[16]["y"], sent[16]["x"]) in ((0, 0), (24, 0), (0, 32), (24, 32))
+        assert np.abs(handle._planes["0"].data[7:] / 255 - handle.prediction).max() < 1 / 255 and handle.prediction.any()
+        once = teach(pair, encoder, classes=CLASSES)
+        for n in range(8):
+            once.paint(CLASSES[n % 2], "line", [(2, 4 * n), (50, 4 * n)], size=1)
+        assert same_bank(handle.bank, once.bank) and np.array_equal(handle.prediction, once.prediction)
+        return handle
+
+    asyncio.run(session())
+
+
+def test_a_stroke_interrupts_the_prediction(pair, encoder, monkeypatch):
+    module, predicted = importlib.import_module("aoi_ssl.teach"), []
+    monkeypatch.setattr(module, "BOX", 16)
+    predict = module.predict_box
+    monkeypatch.setattr(module, "predict_box", lambda bank, image, keys, box: (predicted.append(box), predict(bank, image, keys, box))[1])
+
+    async def session():
+        handle = teach(pair, encoder, classes=CLASSES)
+        await idle(handle)
+        handle._handle_custom_msg(message("paint", points=[[60, 40], [62, 46]]), [])
+        while len(predicted) < 3:
+            await asyncio.sleep(0.005)
+        assert predicted[0] == (32, 48, 48, 64)  # where the stroke is
+        predicted.clear()
+        handle._handle_custom_msg(message("paint", points=[[2, 2], [8, 8]], **{"class": "ball"}), [])
+        await idle(handle)
+        assert predicted[0] == (0, 16, 0, 16) and len(predicted) == 24  # all of both images, with both strokes
+        expected = handle.bank.predict(pair["one"][None])[0].numpy()
+        assert np.abs(handle.prediction - expected).max() < 1e-5 and len(predicted) == 24
+
+    asyncio.run(session())
+
+
+def test_whoever_asks_gets_all_strokes(pair, encoder, bank, monkeypatch):
+    shell = type("Shell", (), {"events": EventManager(None, dict.fromkeys(("pre_run_cell", "post_run_cell"), lambda result: None))})()
+    monkeypatch.setattr(importlib.import_module("aoi_ssl.teach"), "get_ipython", lambda: shell)
+
+    async def session():
+        mine = copy.deepcopy(bank)
+        handle = teach(pair, mine.encoder, mine)
+        await idle(handle)
+        count = len(mine.keys)
+        handle._handle_custom_msg(message("paint"), [])
+        assert len(mine.keys) == count and handle._timer is not None
+        shell.events.trigger("pre_run_cell", None)  # a cell is run before the loop had time
+        assert len(mine.keys) > count
+        for ask in (lambda: handle.prediction, lambda: handle.bank, lambda: handle.picture(), lambda: handle.suggest()):
+            handle._handle_custom_msg(message("undo"), [])
+            handle._handle_custom_msg(message("paint", size=5), [])
+            assert handle._unlearned
+            ask()
+            assert not handle._unlearned and mine.images[-1]["stem"] == "one"
+        assert np.array_equal(handle.prediction, handle.prediction) and handle._predicted[0].left == []
+        sent = []
+        handle.send = lambda content, buffers=None: sent.append(content)
+        await idle(handle)
+        assert ("0", 7) in [(c["source"], c["start"]) for c in sent if c["kind"] == "update"]  # the page is told as well
+
+    asyncio.run(session())
 
 
 def test_a_bank_that_is_given_goes_on_learning(pair, encoder, bank):
@@ -316,13 +525,14 @@ def test_a_bank_that_is_given_keeps_its_thresholds_unless_asked(pair, bank):
 
 def test_what_is_done_to_the_bank_in_a_cell_is_noticed(pair, encoder, scene, monkeypatch):
     _, masks, _ = scene
-    shell = type("Shell", (), {"events": EventManager(None, {"post_run_cell": lambda result: None})})()
+    shell = type("Shell", (), {"events": EventManager(None, dict.fromkeys(("pre_run_cell", "post_run_cell"), lambda result: None))})()
     monkeypatch.setattr(importlib.import_module("aoi_ssl.teach"), "get_ipython", lambda: shell)
     handle = finish(teach(pair, encoder, classes=CLASSES, learning=False), 0, masks[0]).learn()
     sent, shown = [], handle.prediction.copy()
     handle.send = lambda content, buffers=None: sent.append(content["kind"])
     shell.events.trigger("post_run_cell", None)
     assert sent == [] and handle.by_hand == []  # nothing was done
+    shell.events.trigger("pre_run_cell", None)
     handle.bank.thresholds[1] = 0.9
     shell.events.trigger("post_run_cell", None)
     assert handle.cuts[1] == pytest.approx(0.9) and handle.by_hand == ["ball"] and sent == ["update", "update"]

@@ -498,7 +498,7 @@ def test_widgets_with_a_bank_that_turns_shifts_and_whitens(folder):
     judged.ask(128, 128)
     assert judged.near and judged.error == ""
     before = len(bank.keys)
-    taught = teach({"a": asked["image"]}, bank.encoder, bank)
+    taught = teach({"a": asked["image"]}, bank.encoder, bank, journal=None)
     taught.paint("wire", "line", [(10, 10), (100, 60)], size=4)
     assert len(bank.keys) > before and taught.prediction.shape == (4, 256, 256)
     assert len(taught.undo().bank.keys) == before

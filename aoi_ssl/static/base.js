@@ -228,7 +228,8 @@ export class Source {
   }
 
   async onTile(message, buffers) {
-    if (message.kind === "update" && message.source === this.prefix + this.index && message.stamp === this.meta?.stamp) await this.update(message, buffers);
+    if (message.kind === "update" && message.source === this.prefix + this.index && message.stamp === this.meta?.stamp) // one after the other, as they came
+      await (this.updated = (this.updated ?? Promise.resolve()).then(() => this.update(message, buffers)));
     if (message.kind !== "tile" || message.source !== this.prefix + this.index || message.stamp !== this.meta?.stamp) return;
     const { level, row, column } = message, side = 2 ** level, key = `${level}/${row}/${column}`;
     const tile = await decode(buffers, this.meta.planes);
@@ -242,7 +243,10 @@ export class Source {
     if (whole !== this.whole) return;
     for (let c = 0; c < count; c++) for (let row = 0; row < part.height; row++)
       whole.planes[start + c].set(part.planes[c].subarray(row * part.width, (row + 1) * part.width), (y + row) * whole.width + x);
-    for (const [key, tile] of this.tiles) this.tiles.set(key, { ...tile, stale: true, asked: false });
+    const [top, left, bottom, right] = [y, x, y + part.height, x + part.width].map((v) => v * whole.side);
+    for (const [key, tile] of this.tiles) // one that is on its way may come from before
+      if (!tile.planes || (tile.x < right && left < tile.x + tile.width * tile.side && tile.y < bottom && top < tile.y + tile.height * tile.side))
+        this.tiles.set(key, { ...tile, stale: true, asked: false });
     this.edits++;
     this.ready?.(this);
   }
@@ -320,8 +324,8 @@ export function above(plane, value) {
   return out;
 }
 
-/** Masks of ones and zeros (or null) as a transparent picture: filled and outlined, as in show.overlay. */
-export function masksOn({ width, height }, masks, colours, { alpha = 0.3 } = {}) {
+/** Masks of ones and zeros (or null) as a transparent picture: filled, or striped, and outlined, as in show.overlay. */
+export function masksOn({ width, height }, masks, colours, { alpha = 0.3, hatched = false } = {}) {
   const canvas = new OffscreenCanvas(width, height), context = canvas.getContext("2d");
   const image = context.createImageData(width, height), out = image.data;
   masks.forEach((on, k) => {
@@ -330,6 +334,7 @@ export function masksOn({ width, height }, masks, colours, { alpha = 0.3 } = {})
     for (let y = 0, i = 0; y < height; y++) for (let x = 0; x < width; x++, i++) {
       if (!on[i]) continue;
       const edge = (x > 0 && !on[i - 1]) || (x < width - 1 && !on[i + 1]) || (y > 0 && !on[i - width]) || (y < height - 1 && !on[i + width]);
+      if (hatched && !edge && (x + y) % 8 > 1) continue;
       const j = 4 * i, a = edge ? 1 : alpha, before = out[j + 3] / 255 * (1 - a), after = a + before;
       out[j] = (r * a + out[j] * before) / after;
       out[j + 1] = (g * a + out[j + 1] * before) / after;

@@ -3,12 +3,13 @@ import { Source, Viewer, above, button, choice, drawParts, frame, lightChoices, 
 
 const TOOLS = [
   ["brush", "Brush (B): drag", "b"], ["line", "Line (L): drag along a wire", "l"], ["circle", "Circle (C): drag from the centre of a ball", "c"],
-  ["polygon", "Polygon (P): click the corners; double click or Enter closes", "p"], ["flood", "Flood (F): click an even area", "f"],
+  ["polygon", "Polygon (P): click the corners; a double click closes. By keyboard, Enter adds a corner, and Enter again closes", "p"], ["flood", "Flood (F): click an even area", "f"],
   ["eraser", "Eraser (E): back to unlabelled", "e"], ["pan", "Pan (V): drag the picture", "v"],
 ];
+const PATIENCE = 5000; // ms without an answer, after which the user is told
 const KEYS = [
   ["B L C P F E V", "tools"], ["1 to 9, 0", "class; background"], ["[ and ]", "thinner, thicker"], ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"], ["Arrow keys", "move a cursor; with Shift by 16"],
-  ["Enter", "paint at the cursor; with line and circle: begin, then end"], ["Esc", "give up what is begun"], ["A", "accept the prediction"], ["N, Shift+N", "next, previous image"],
+  ["Enter", "paint at the cursor; with line and circle: begin, then end; with a polygon: a corner, and again at the same place: close"], ["Esc", "give up what is begun"], ["A", "accept the prediction"], ["N, Shift+N", "next, previous image"],
   ["Middle button", "pan"], ["Wheel, + and -", "zoom; Home shows all"],
 ];
 
@@ -18,7 +19,11 @@ class Teacher {
     this.page = frame(model, el, { label: "teach by painting labels", keys: KEYS });
     this.classes = this.get("classes");
     this.pending = new Map();
+    this.asked = new Map();
     this.count = 0;
+    this.tag = Math.random().toString(36).slice(2); // a handle may be shown in several places
+    this.silent = make("div", { class: "aoi-error aoi-silent", role: "alert", hidden: true });
+    this.page.error.after(this.silent);
     this.views = [this.mainView(), this.nextView()];
     this.toolbar();
     this.lay();
@@ -34,7 +39,22 @@ class Teacher {
 
   get(name) { return this.model.get(name); }
 
-  send(kind, more = {}) { this.model.send({ kind, ...more }); }
+  /** Ask Python, which says when it is done: what waits for long is told. */
+  send(kind, more = {}) {
+    const id = `${this.tag}/${++this.count}`;
+    this.asked.set(id, Date.now());
+    this.clock ??= setInterval(() => this.tellWaiting(), 500);
+    try { this.model.send({ kind, ...more, id }); } catch (e) { console.error(e); } // a kernel that was shut down: it is told as one that is silent
+    return id;
+  }
+
+  tellWaiting() {
+    const since = Math.min(...this.asked.values()), late = Date.now() - since > PATIENCE, strokes = this.pending.size;
+    this.silent.hidden = !late;
+    const lost = strokes ? ` ${strokes === 1 ? "1 stroke is" : `${strokes} strokes are`} not taken yet.` : "";
+    if (late) this.silent.textContent = `The kernel does not answer.${lost} If it is not just busy, run the cell again.`;
+    if (!this.asked.size) { clearInterval(this.clock); this.clock = null; }
+  }
 
   // parts of the page
 
@@ -98,10 +118,13 @@ class Teacher {
       act("Rest is background", "All that is not labelled is background", "rest"), this.bankButton, act("Save", "Save the masks of all images that have labels", "save", "save"));
     this.question = make("div", { class: "aoi-question", role: "alertdialog", hidden: true });
     this.bankLine = make("p", { class: "aoi-note" });
+    this.kept = make("p", { class: "aoi-note aoi-kept" });
     this.odd = make("ul", { class: "aoi-odd", role: "status", "aria-label": "look again" });
     const side = make("div", { class: "aoi-side aoi-wide" }, pager, this.facts, actions, this.question, this.odd,
-      make("div", { class: "aoi-group" }, toggle(this.model, "learning", "Learn from each stroke", "Put the labels into the bank after each stroke, and predict anew")), this.bankLine, this.views[1].root);
+      make("div", { class: "aoi-group" }, toggle(this.model, "learning", "Learn from each stroke", "Put the labels into the bank after each stroke, and predict anew")), this.bankLine, this.kept, this.views[1].root);
     this.page.body.append(this.views[0].root, side);
+    const grey = [120, 128, 136];
+    this.page.legend.append(swatch("labelled: filled", grey), swatch("predicted: striped", grey, { fill: "hatched" }));
   }
 
   /** A class in the table: its shares, its threshold, and a way to give a threshold that was set by hand back to the bank. */
@@ -135,12 +158,17 @@ class Teacher {
     for (const name of ["light", "stretch", "opacity", "show_labels", "show_prediction", "cuts"]) model.on(`change:${name}`, redraw);
     model.on("change:view", () => this.views[0].viewer.setView(this.get("view"), { tell: false }));
     model.on("msg:custom", (message) => {
-      if (message.done != null) { this.pending.delete(message.done); this.views[0].viewer.draw(); }
+      if (message.done == null) return;
+      this.asked.delete(message.done);
+      this.pending.delete(message.done);
+      this.tellWaiting();
+      this.views[0].viewer.draw();
     });
     watchTraits(model, "tool", () => this.tools.forEach(([name, b]) => b.setAttribute("aria-pressed", String(name === this.get("tool")))));
     watchTraits(model, "brush", () => this.swatches.forEach((s, k) => s.setAttribute("aria-pressed", String((this.classes[k] ?? "background") === this.get("brush")))));
     watchTraits(model, ["state", "names", "index"], () => this.showState());
     watchTraits(model, "question", () => this.showQuestion());
+    watchTraits(model, "kept", () => (this.kept.textContent = this.get("kept")));
     watchTraits(model, ["cuts", "by_hand"], () => this.showCuts());
     for (const name of ["index", "tool"]) model.on(`change:${name}`, () => { this.shape = null; this.cursor = null; redraw(); });
   }
@@ -167,8 +195,9 @@ class Teacher {
     const text = this.get("question");
     this.question.hidden = !text;
     if (!text) return;
+    const verb = text.match(/([^.]*) them\?$/)?.[1].trim() ?? "Replace"; // the question ends with what is to be done
     this.question.replaceChildren(make("p", {}, text), make("div", { class: "aoi-group" },
-      button("Replace them", () => this.send("save", { overwrite: true }), { text: "Replace" }), button("Save nothing", () => put(this.model, { question: "" }), { text: "Cancel" })));
+      button(`${verb} them`, () => this.send("save", { overwrite: true }), { text: verb }), button("Save nothing", () => put(this.model, { question: "" }), { text: "Cancel" })));
     this.question.querySelector("button:last-of-type").focus();
   }
 
@@ -181,9 +210,9 @@ class Teacher {
 
   paintPrediction(context, parts, source, start) {
     if (!this.get("show_prediction")) return;
-    const K = this.classes.length, cuts = this.get("cuts"), colours = this.get("class_colours"), alpha = this.get("opacity") * 0.7;
+    const K = this.classes.length, cuts = this.get("cuts"), colours = this.get("class_colours"), alpha = Math.min(1, this.get("opacity") + 0.25);
     drawParts(context, parts, "prediction", JSON.stringify([cuts, alpha, source.edits, source.version]), (part) =>
-      masksOn(part, part.planes.slice(source.meta.lights + start, source.meta.lights + start + K).map((p, k) => above(p, cuts[k] * 255)), colours, { alpha }));
+      masksOn(part, part.planes.slice(source.meta.lights + start, source.meta.lights + start + K).map((p, k) => above(p, cuts[k] * 255)), colours, { alpha, hatched: true }));
   }
 
   paint(context, { parts, pixel }) {
@@ -282,25 +311,28 @@ class Teacher {
   }
 
   commit({ tool, name, size, points }) {
-    const id = ++this.count, round = points.map(([x, y]) => [Math.round(x * 100) / 100, Math.round(y * 100) / 100]);
+    const round = points.map(([x, y]) => [Math.round(x * 100) / 100, Math.round(y * 100) / 100]);
+    const id = this.send("paint", { tool, class: tool === "eraser" ? null : name, points: round, size });
     this.pending.set(id, { tool, name, size, points: round });
-    this.send("paint", { id, tool, class: tool === "eraser" ? null : name, points: round, size });
     this.views[0].viewer.draw();
   }
 
-  click(p) {
-    const tool = this.get("tool");
+  /** A click, or Enter: a corner of a polygon that is there already, the first (within `near` pixels) or the last, closes it. */
+  click(p, near = 8 * this.pixel()) {
+    const tool = this.get("tool"), to = ([x, y]) => Math.hypot(p.x - x, p.y - y);
     if (tool === "flood") { this.start(p); this.finish(); }
     if (tool !== "polygon") return;
-    if (!this.shape) this.start(p);
-    else if (this.shape.points.length > 2 && Math.hypot(p.x - this.shape.points[0][0], p.y - this.shape.points[0][1]) < 8 * this.pixel()) return this.closePolygon();
-    else this.shape.points.push([p.x, p.y]);
+    const points = this.shape?.points;
+    if (!points) this.start(p);
+    else if (to(points.at(-1)) < near / 2 || (points.length > 2 && to(points[0]) < near)) return this.closePolygon();
+    else points.push([p.x, p.y]);
     this.views[0].viewer.draw();
   }
 
   closePolygon() {
     if (this.get("tool") !== "polygon" || !this.shape) return;
     if (this.shape.points.length > 2) this.finish();
+    else this.page.status.textContent = "A polygon needs three corners.";
   }
 
   pixel() { return 1 / this.views[0].viewer.transform().scale; }
@@ -358,15 +390,14 @@ class Teacher {
     const at = this.cursor ?? this.pointer, tool = this.get("tool");
     if (tool === "polygon" && this.shape && !this.cursor) return this.closePolygon();
     if (!at) return;
-    if (tool === "polygon" && this.shape?.points.length > 2 && Math.hypot(at.x - this.shape.points[0][0], at.y - this.shape.points[0][1]) < 1) return this.closePolygon();
     if ((tool === "line" || tool === "circle") && this.shape) { this.finish(); return; }
-    if (tool === "polygon") { this.click(at); return; }
+    if (tool === "polygon") { this.click(at, 1); return; }
     this.start(at);
     if (tool !== "line" && tool !== "circle") this.finish();
     this.views[0].viewer.draw();
   }
 
-  close() { this.views.forEach((v) => { v.viewer.close(); v.source.close(); }); }
+  close() { clearInterval(this.clock); this.views.forEach((v) => { v.viewer.close(); v.source.close(); }); }
 }
 
 function render({ model, el }) {
