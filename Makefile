@@ -51,7 +51,9 @@ weights-eval: install-dev  ## the encoders that ship against raw pixels and a ra
 	@$(VENV)/bin/python tools/weights_eval.py $(ARGS)
 
 experiments: install-dev  ## execute the pages of experiments from kept counts; FRESH=1 measures all of them anew (hours)
-	@$(if $(FRESH),rm -rf nbs/experiments/results)
+	@$(if $(FRESH),rm -rf $(addprefix nbs/experiments/results/,ablation fine_tuning labels novelty retrieval))
+	@$(if $(FRESH),$(MAKE) compare recipe weights-eval ARGS=--fresh && $(MAKE) bench-pretrain bench-retrieval ARGS=)
+	@$(if $(FRESH),for what in routing lists add; do $(VENV)/bin/python tools/bench_bank.py $$what || exit 1; done)
 	@cd nbs/experiments && for page in *.ipynb; do $(abspath $(VENV))/bin/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.timeout=-1 "$$page" || exit 1; done
 
