@@ -7,11 +7,11 @@ __all__ = ['TOOLS', 'JOURNAL', 'BOX', 'tube', 'flood', 'stroke_mask', 'Labels', 
            'default_journal', 'other_journals', 'memory_of', 'learn_image', 'forget_image', 'image_keys', 'predict_box',
            'boxes_of', 'TeachTraits', 'TeachState', 'Teacher', 'teach_do', 'apply_step', 'replay', 'kept_words',
            'teach_learn', 'kept_grids', 'learn_rest', 'Draft', 'teach_draft', 'predict_more', 'teach_predict',
-           'catch_up', 'soon', 'one_sided', 'teach_calibrate', 'whole_images', 'whole_bank', 'tell_cuts', 'cuts_moved',
-           'keep_by_hand', 'set_threshold', 'bank_state', 'bank_kind', 'teach_notice', 'after_cells', 'restore_cuts',
-           'odd_shares', 'suggestions', 'next_unlabelled', 'teach_planes', 'teach_show', 'teach_went', 'teach_send',
-           'send_labels', 'send_boxes', 'teach_state', 'teach_progress', 'save_labels', 'mask_files', 'teach_answer',
-           'teach_save', 'teach_picture', 'teach']
+           'catch_up', 'soon', 'settle', 'one_sided', 'teach_calibrate', 'whole_images', 'whole_bank', 'tell_cuts',
+           'cuts_moved', 'keep_by_hand', 'set_threshold', 'bank_state', 'bank_kind', 'teach_notice', 'after_cells',
+           'restore_cuts', 'odd_shares', 'suggestions', 'next_unlabelled', 'teach_planes', 'teach_show', 'teach_went',
+           'teach_send', 'send_labels', 'send_boxes', 'teach_state', 'teach_progress', 'save_labels', 'mask_files',
+           'teach_answer', 'teach_save', 'teach_picture', 'teach']
 
 # %% ../nbs/api/21_teach.ipynb #1da2ba71
 import asyncio
@@ -526,6 +526,10 @@ class Teacher(TeachState):
         "Put the labels of this image into the bank, choose the thresholds, and predict anew."
         return teach_do(self, {"do": "learn"})
 
+    def settle(self) -> "Teacher":
+        "Learn, predict and show at once what the loop of the notebook would do when it has time."
+        return settle(self)
+
     def calibrate(self, **options) -> "Teacher":
         "Choose k and thresholds from all that is labelled, as `cross_validate` does; what was set by hand stays."
         with self._lock:
@@ -786,6 +790,7 @@ def catch_up(
     "Learn what was painted, predict what is shown, and send it to the page, in parts."
     if handle._unlearned:
         learn_rest(handle)
+        teach_state(handle)
         yield
     for name, index in (("0", handle.index), ("1", handle.next_index)):
         while (more := predict_more(handle, index)) or handle._predicted[index].fresh:
@@ -801,16 +806,32 @@ def soon(
     wait: float = 0.05,  # seconds without a stroke
 ) -> None:
     "Catch up when there is time; at once where no loop runs."
-    handle._work = catch_up(handle)
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        for _ in handle._work:
-            pass
+        settle(handle)
         return
+    _stop(handle)
+    handle._work = catch_up(handle)
+    handle._timer = loop.call_later(wait, _part, handle, loop)
+
+
+def settle(
+    handle: TeachState,  # its bank learns; the page is told
+) -> Teacher:  # the same
+    "Catch up at once."
+    with handle._lock:
+        _stop(handle)
+        for _ in catch_up(handle):
+            pass
+    return handle
+
+
+def _stop(handle: TeachState) -> None:
+    "Leave what is to be done."
     if handle._timer is not None:
         handle._timer.cancel()
-    handle._timer = loop.call_later(wait, _part, handle, loop)
+    handle._timer = None
 
 
 def _part(handle: TeachState, loop: asyncio.AbstractEventLoop) -> None:

@@ -391,6 +391,10 @@ def test_whoever_asks_gets_all_strokes(pair, encoder, bank, monkeypatch):
         handle.send = lambda content, buffers=None: sent.append(content)
         await idle(handle)
         assert ("0", 7) in [(c["source"], c["start"]) for c in sent if c["kind"] == "update"]  # the page is told as well
+        handle._handle_custom_msg(message("undo"), [])
+        sent.clear()
+        assert handle.settle() is handle and handle._timer is None and not handle._unlearned
+        assert [c["source"] for c in sent] == ["0", "1"]
 
     asyncio.run(session())
 
