@@ -6,8 +6,8 @@
 __all__ = ['MASK_FOLDERS', 'IMAGE_FOLDERS', 'MASK_ENDINGS', 'RESERVED', 'list_files', 'compile_pattern', 'find_lights',
            'pair_lights', 'find_masks', 'one_mask_each', 'discover_classes', 'read_meta', 'Scan', 'scan_folder',
            'Lights', 'Annotation', 'load_folder', 'class_names', 'channel_count', 'native_item', 'source_folders',
-           'named_image', 'ImageList', 'find_duplicates', 'check_folder', 'device_ids', 'split_by_device', 'few_shot',
-           'count_grey_values', 'grey_stats', 'channel_stats']
+           'device_names', 'named_image', 'ImageList', 'find_duplicates', 'check_folder', 'device_ids',
+           'split_by_device', 'few_shot', 'count_grey_values', 'grey_stats', 'channel_stats']
 
 # %% ../nbs/api/03_data.ipynb #f2b1f815
 import hashlib
@@ -695,14 +695,15 @@ def native_item(
     index: int,  # row
     *,
     labels: bool = True,  # False: no mask file is opened, mask and ignore are None
-) -> dict:  # stem, device; image (C, H, W) uint8 or uint16; mask, ignore (K, H, W) bool arrays, None if unlabelled
+) -> dict:  # stem, device, manufacturer; image (C, H, W) uint8 or uint16; mask, ignore (K, H, W) bool arrays, None if unlabelled
     "One row in the integers of its files; `to_unit(image)` makes of it what `dataset[index]['image']` is."
     row, annotation = _raw(dataset, index), _feature(dataset, "mask")
     mask, ignore = (
         (None, None) if row["mask"] is None or not labels else (part.numpy() for part in annotation.both(row["mask"]))
     )
     pixels = read_native(json.loads(row["image"])["paths"])
-    return {"stem": row["stem"], "device": row["device"], "image": pixels, "mask": mask, "ignore": ignore}
+    whose = {name: row[name] for name in ("stem", "device", "manufacturer")}
+    return whose | {"image": pixels, "mask": mask, "ignore": ignore}
 
 # %% ../nbs/api/03_data.ipynb #f34531ed
 def source_folders(
@@ -713,6 +714,18 @@ def source_folders(
     lights, masks = ([json.loads(v) for v in set(table[c].to_pylist()) if v] for c in ("image", "mask"))
     files = [path for row in lights for path in row["paths"]] + [row["path"] for row in masks]
     return [Path(folder) for folder in sorted({os.path.dirname(os.path.abspath(file)) for file in files})]
+
+# %% ../nbs/api/03_data.ipynb #83c836c7
+def device_names(
+    makers: Sequence[str],  # of each image; "unknown" where none is known
+    devices: Sequence[str],  # of each image
+) -> list[str]:  # of each image: the device alone, or "maker/device" where two makers use the same name
+    "What devices are called, so that those of two makers are told apart."
+    users, makers, devices = {}, list(makers), list(devices)
+    for maker, device in zip(makers, devices, strict=True):
+        users.setdefault(device, set()).add(maker)
+    shared = {device for device, those in users.items() if len(those) > 1}
+    return [f"{m}/{d}" if d in shared and m != "unknown" else d for m, d in zip(makers, devices, strict=True)]
 
 # %% ../nbs/api/03_data.ipynb #ebc546ca
 def named_image(
@@ -726,7 +739,7 @@ def named_image(
         raise AoiError(f"{name} has {sorted(value)}; a row with an image was expected. Pass dataset[i], or an array.")
     return str(value.get("stem", name)), value["image"]
 
-# %% ../nbs/api/03_data.ipynb #6ec50eb1
+# %% ../nbs/api/03_data.ipynb #1ed26bd7
 class ImageList:
     "Images by number, each with a name and a device; labels are not looked at."
 
@@ -754,8 +767,10 @@ class ImageList:
 
     @property
     def devices(self) -> list[str]:
-        "The device of each image; unknown where nobody says."
-        return [str(row.get("device", "unknown")) for row in self._rows] if self.dataset is None else list(self.dataset["device"])
+        "The device of each image, as from `device_names`; unknown where nobody says."
+        if self.dataset is not None:
+            return device_names(self.dataset["manufacturer"], self.dataset["device"])
+        return device_names(*([str(row.get(name, "unknown")) for row in self._rows] for name in ("manufacturer", "device")))
 
     def distinct(self, *, without: Sequence[str] = ()) -> "ImageList":
         "Itself. Raises `AoiError` for a name that occurs twice, or that must not occur because a bank has it."

@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch import Tensor
 
 from . import show
-from .benchmark import VARIANCE, rivals
+from .benchmark import VARIANCE, rivals, short_names
 from .core import AoiError, atomic_path, check_free, read_json, write_json
 from .data import channel_count, check_folder, class_names, device_ids, few_shot, load_folder, split_by_device
 from .encoder import Encoder
@@ -399,11 +399,11 @@ def _stage_evaluate(job: _Job, parts: Plan, methods: dict) -> tuple[pd.DataFrame
     "Masks and counts on the new devices' test images; a table a row a method."
     purpose = f"{sum(map(len, parts.test.values()))} test images of {len(parts.test)} new device(s), {len(methods)} methods"
     with job.teller.stage("Evaluate", purpose) as found:
-        counts = []
+        counts, called = [], short_names(parts.test)
         for name, method in methods.items():
             for device, images in parts.test.items():
                 segmenter = method[device] if isinstance(method, dict) else method
-                counts.append(evaluate(segmenter, images, method=name, progress=not job.teller.quiet))
+                counts.append(evaluate(segmenter, images, method=name, progress=not job.teller.quiet).assign(device=called[device]))
                 if name in (MAE_BANK, MAE_UPERNET):
                     segment(segmenter, images, job.run / "masks" / slug(name) / slug(device), overwrite=True)
         counts = pd.concat(counts, ignore_index=True)

@@ -18,7 +18,7 @@ from .data import ImageList
 from .encoder import check_images, mirror
 from .features import embed, grid_corner, grid_windows, recentre, shift_offsets, window_layout
 from .patches import rim_weights
-from .recall import Bank, neighbour_weights, patch_masks, route, search, search_keys, voices
+from .recall import Bank, bank_devices, neighbour_weights, patch_masks, route, search, search_keys, voices
 from .remember import check_numbers, turned
 
 # %% ../nbs/api/14_explain.ipynb #af7c1f8a
@@ -28,14 +28,14 @@ def key_frame(
     **columns: Tensor,  # (n,) numbers to show beside them
 ) -> pd.DataFrame:  # stem, device, row, column (of the patch that holds its middle), the columns, y, x (pixels), turn, key
     "Where keys come from."
-    p, records = bank.encoder.patch_size, [bank.images[i] for i in bank.image[rows].tolist()]
+    p, devices, numbers = bank.encoder.patch_size, bank_devices(bank), bank.image[rows].tolist()
     y, x = bank.y[rows].tolist(), bank.x[rows].tolist()
     return pd.DataFrame({
-        "stem": [record["stem"] for record in records],
-        "device": [record["device"] for record in records],
+        "stem": [bank.images[i]["stem"] for i in numbers],
+        "device": [devices[i] for i in numbers],
         "row": [(n + p // 2) // p for n in y],
         "column": [(n + p // 2) // p for n in x],
-        **{name: numbers.tolist() for name, numbers in columns.items()},
+        **{name: values.tolist() for name, values in columns.items()},
         "y": y,
         "x": x,
         "turn": bank.turn[rows].tolist(),

@@ -19,7 +19,7 @@ from .canvas import Picture, as_picture
 from .core import AoiError
 from .show import explored
 from .similar import SPACES, as_held, encoder_layers, feature_grids, held_query, layer_encoder
-from .similar import neighbours_of_held, pca_colours, plain_keys, to_space
+from .similar import check_same_encoder, neighbours_of_held, pca_colours, plain_keys, to_space, why_not_searched
 from .widgets import SCALES, BankPictures, BankTraits, Planes, page_module, wrong_trait
 
 # %% ../nbs/api/19_explore.ipynb #a2d451a7
@@ -42,6 +42,7 @@ class Features:
         keys: Tensor | None = None,  # (n, D) of a bank, to learn the whitening from
     ):
         self.images, self.encoder, self.keys, self.known = images, encoder, keys, {}
+        self.own = {}  # image -> its patches as a bank compares them
 
     def __call__(
         self,
@@ -87,6 +88,8 @@ class Explorer(ExploreTraits):
     def __init__(self, pictures: list, encoder, bank=None, *, bank_images=None, **traits):  # see `explore`
         names, images = zip(*pictures, strict=True)
         self.encoder, self.bank = encoder, bank
+        if bank is not None:
+            check_same_encoder(bank, encoder)
         self.pictures = None if bank is None else BankPictures(bank, bank_images)
         self._features = Features(images, encoder, plain_keys(bank, encoder))
         planes = [Planes(i, name=n) for n, i in pictures]
@@ -168,21 +171,12 @@ def explore_embed(
 def explore_neighbours(
     handle: Explorer,  # with something held
 ) -> pd.DataFrame:  # as `similar.bank_neighbours`
-    "The neighbours in the bank. Raises `AoiError` if there is no bank, nothing is held, or the layer is not the bank's."
-    if handle.bank is None:
-        raise AoiError("There is no bank to look in. Pass one: explore(image, encoder, bank).")
-    if not handle.held:
-        raise AoiError("Hold a patch: click one, or call hold(y, x).")
-    if handle.layer is not None:
-        raise AoiError(f"The bank's keys are not those of block {handle.layer} alone. Set layer to None to search it.")
-    return neighbours_of_held(
-        handle.bank,
-        handle._features.images,
-        handle.embeddings,
-        handle.held,
-        k=handle.k,
-        white=handle._features(None, handle.space)[1],
-    )
+    "The neighbours in the bank. Raises `AoiError` for what `similar.why_not_searched` says."
+    if reason := why_not_searched(handle.bank, handle.encoder, handle.held, handle.layer):
+        raise AoiError(reason)
+    features = handle._features
+    white = features(None, handle.space)[1]
+    return neighbours_of_held(handle.bank, features.images, handle.embeddings, handle.held, k=handle.k, white=white, own=features.own)
 
 
 def explore_search(
@@ -191,10 +185,9 @@ def explore_search(
     "Search the bank and send pictures of what was found."
     if handle.bank is None:
         return
-    try:
-        handle.show_near(explore_neighbours(handle))
-    except AoiError as e:
-        handle.show_near(pd.DataFrame(), str(e))
+    own = "" if plain_keys(handle.bank, handle.encoder) is not None else "Compared in the bank's own space, whichever features are chosen."
+    reason = why_not_searched(handle.bank, handle.encoder, handle.held, handle.layer)
+    handle.show_near(pd.DataFrame() if reason else explore_neighbours(handle), reason or own)
 
 # %% ../nbs/api/19_explore.ipynb #17c90ed1
 def explore_picture(
@@ -202,7 +195,8 @@ def explore_picture(
 ) -> Picture:  # the figure
     "What the widget shows, as a figure; nothing is embedded again."
     look = {n: getattr(handle, n) for n in ("overlay", "opacity", "threshold", "limits", "colours", "light", "stretch")}
-    table = explore_neighbours(handle) if handle.bank is not None and handle.held and handle.layer is None else None
+    idle = why_not_searched(handle.bank, handle.encoder, handle.held, handle.layer)
+    table = None if idle else explore_neighbours(handle)
     features, names = handle._features, [s["name"] for s in handle.sources]
     return explored(
         features.images, handle.embeddings, handle.held, handle.encoder.patch_size, bank=handle.bank, table=table,

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST_RECALL', 'similarity_weights', 'attention_weights', 'distance_weights', 'Bank', 'to_keys', 'bank_index',
-           'list_recall', 'device_index', 'check_filled', 'search_keys', 'search', 'patch_table', 'image_moments',
-           'bank_moments_by_image', 'like_devices', 'image_likeness', 'route', 'neighbour_weights', 'recall',
-           'mask_length', 'lay_rows', 'patch_masks', 'voices', 'shared', 'predict_bank', 'regress', 'bank_moments',
-           'fold_moments', 'fit_regression']
+           'list_recall', 'bank_devices', 'device_index', 'check_filled', 'search_keys', 'search', 'patch_table',
+           'image_moments', 'bank_moments_by_image', 'like_devices', 'image_likeness', 'route', 'neighbour_weights',
+           'recall', 'mask_length', 'lay_rows', 'patch_masks', 'voices', 'shared', 'predict_bank', 'regress',
+           'bank_moments', 'fold_moments', 'fit_regression']
 
 # %% ../nbs/api/13_recall.ipynb #7df918aa
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .core import AoiError
+from .data import device_names
 from .encoder import Encoder, check_images
 from .features import FeatureSpace, embed, grid_corner, grid_keys, shift_offsets
 from .patches import Moments, guided_filter, lay, moments, solve_ridge, with_one
@@ -69,7 +70,7 @@ class Bank(Protocol):
     x: Tensor  # (N,) int32: left edge
     turn: Tensor  # (N,) uint8: the orientation in which it was remembered
     image_keys: Tensor  # (M, d): the mean embedding of each image as a key
-    images: list[dict]  # M records: stem, device, height, width, classes
+    images: list[dict]  # M records: stem, device, manufacturer, height, width, classes
     lights: list[Tensor]  # M images (C, H, W), if the recipe refines
     regression: Tensor | None  # (d + 1, K * S * S), if the recipe has one
 
@@ -120,6 +121,13 @@ def list_recall(
     return (found >= truth[:, -1:] - 1e-6).float().mean().item()
 
 
+def bank_devices(
+    bank: Bank,  # the bank
+) -> list[str]:  # of each image, as from `device_names`
+    "Whose images a bank remembers."
+    return device_names(*([record.get(name, "unknown") for record in bank.images] for name in ("manufacturer", "device")))
+
+
 def device_index(
     bank: Bank,  # the bank
     devices: Sequence[str],  # some of its devices
@@ -127,7 +135,7 @@ def device_index(
     "A part of the bank as it would be searched if it were all of it."
     name = (*sorted(devices), len(bank.keys), bank.keys.data_ptr())
     if bank._cache.get("device index", (None,))[0] != name:
-        theirs = torch.tensor([record["device"] in devices for record in bank.images], device=bank.keys.device)
+        theirs = torch.tensor([name in devices for name in bank_devices(bank)], device=bank.keys.device)
         rows = theirs[bank.image.long()].nonzero().flatten()
         bank._cache["device index"] = name, rows, build_index(bank.keys[rows], dtype=str(bank.keys.dtype).removeprefix("torch."))
     return bank._cache["device index"][1:]
@@ -224,8 +232,8 @@ def like_devices(
 ) -> dict[str, float]:  # device -> cosine of its most similar image, the highest first
     "How much an image as a whole is like the devices of a bank."
     found = {}
-    for record, cosine in zip(bank.images, (bank_moments_by_image(bank) @ image_moments(keys)).tolist(), strict=True):
-        found[record["device"]] = max(cosine, found.get(record["device"], -1.0))
+    for device, cosine in zip(bank_devices(bank), (bank_moments_by_image(bank) @ image_moments(keys)).tolist(), strict=True):
+        found[device] = max(cosine, found.get(device, -1.0))
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import AoiError
-from .data import class_names, native_item
+from .data import class_names, device_names, native_item
 from .files import to_unit
 from .encoder import Encoder
 from .features import FeatureSpace, between_grids, embed, fit_space, grid_corner, grid_keys, in_bfloat16, layer_count
@@ -277,7 +277,8 @@ def remember(
         contents = join_rows(contents, remember_image(pixels, encoder, number=first + i, **options))
         height, width = mask.shape[-2:]
         present = (mask & ~ignore).flatten(1).any(1).tolist()
-        images.append({"stem": item["stem"], "device": item["device"], "height": height, "width": width,
+        whose = {name: item[name] for name in ("stem", "device", "manufacturer")}
+        images.append({**whose, "height": height, "width": width,
                        "classes": [name for name, there in zip(classes, present, strict=True) if there]})
         lights.append(torch.from_numpy(item["image"]))
     if not len(contents.get("keys", ())):
@@ -338,7 +339,8 @@ def estimate_bank(
     length = min(recipe.whiten or dim, dim) + place
     masks = -(-len(class_names(dataset)) * (p + 2 * recipe.halo) ** 2 // 8) + 8  # and two numbers: of the mask, and of where it is known
     rows = []
-    for stem, device, h, w in zip(*(dataset[name] for name in ("stem", "device", "height", "width")), strict=True):
+    devices = device_names(dataset["manufacturer"], dataset["device"])
+    for stem, device, h, w in zip(dataset["stem"], devices, dataset["height"], dataset["width"], strict=True):
         corners = [grid_corner(shift, p) for shift in shift_offsets(recipe.bank_shifts * (4 if recipe.between else 1), p)]
         patches = recipe.turns * sum(-(-(h - y) // p) * -(-(w - x) // p) for y, x in corners)
         rows.append({"stem": stem, "device": device, "encodings": recipe.turns * recipe.bank_shifts, "patches": patches})

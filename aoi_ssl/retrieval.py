@@ -26,7 +26,7 @@ from .encoder import Encoder
 from .explain import explain_pixel, find_neighbours, key_frame
 from .features import FeatureSpace, restore_space
 from .predict import Segmenter, judged_rows
-from .recall import bank_index, fit_regression, image_likeness, mask_length, patch_masks, predict_bank
+from .recall import bank_devices, bank_index, fit_regression, image_likeness, mask_length, patch_masks, predict_bank
 from .remember import METHODS, RECALL_OPTIONS, Recipe, check_numbers, check_recipe, join_rows, learn_space, make_recipe, recipe_name
 from .remember import remember, remember_image, seeing
 from .search import IVFIndex, MaskRows, load_index, pack_bits, unpack_bits
@@ -46,7 +46,7 @@ class MemoryBank(Segmenter):
         encoder: Encoder,  # image -> grid of embeddings
         classes: Sequence[str],  # K names, in the order of the masks
         tensors: Mapping[str, Tensor],  # from `remember`
-        images: Sequence[Mapping],  # from `remember`: stem, device, height, width and classes of each image
+        images: Sequence[Mapping],  # from `remember`: stem, device, manufacturer, height, width and classes of each image
         lights: Sequence[Tensor] = (),  # from `remember`; needed only by a recipe that refines
         *,
         recipe: Recipe = METHODS["paper"],  # how it remembers and recalls
@@ -268,7 +268,7 @@ def extend_bank(
 def append_rows(
     bank: MemoryBank,  # changed in place
     tensors: Mapping[str, Tensor | MaskRows],  # of more images, from `remember` or `remember_image` with the bank's recipe and space
-    images: list[dict],  # their records: stem, device, height, width, classes
+    images: list[dict],  # their records: stem, device, manufacturer, height, width, classes
     lights: list[Tensor],  # their lights (C, H, W), uint8 or uint16; kept only by a recipe that refines
     *,
     calibrate: bool = True,  # choose the thresholds anew
@@ -310,14 +310,14 @@ def _changed(bank: MemoryBank, calibrate: bool) -> MemoryBank:
 def _chosen_images(
     bank: MemoryBank,  # the bank
     stem: str | Sequence[str] | None,  # names of images
-    device: str | Sequence[str] | None,  # names of devices
+    device: str | Sequence[str] | None,  # names of devices, as from `bank_devices`
 ) -> list[bool]:  # for each image, whether both hold
     "The images that are meant. Raises `AoiError` for a name that the bank does not have."
     chosen = [True] * len(bank.images)
-    for key, names in (("stem", stem), ("device", device)):
+    for key, names, there in (("stem", stem, [record["stem"] for record in bank.images]), ("device", device, bank_devices(bank))):
         if names is None:
             continue
-        names, there = [names] if isinstance(names, str) else list(names), [record[key] for record in bank.images]
+        names = [names] if isinstance(names, str) else list(names)
         if missing := [name for name in names if name not in there]:
             raise AoiError(f"The bank has no {key} {missing[0]!r}; one of {', '.join(map(str, sorted(set(there))[:10]))} was expected.")
         chosen = [c and name in names for c, name in zip(chosen, there, strict=True)]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPACES', 'similarity_map', 'layer_encoder', 'encoder_layers', 'whitening', 'feature_grids', 'to_space', 'as_held',
-           'held_query', 'pca_colours', 'plain_keys', 'bank_neighbours', 'neighbours_of_held']
+           'held_query', 'pca_colours', 'plain_keys', 'check_same_encoder', 'bank_neighbours', 'bank_grid',
+           'neighbours_of_held', 'why_not_searched']
 
 # %% ../nbs/api/16_similar.ipynb #691d7174
 import copy
@@ -18,8 +19,11 @@ from torch.nn import functional
 
 from .canvas import checked_image
 from .core import AoiError
+from .encoder import Encoder
 from .explain import key_frame
 from .features import embed
+from .recall import search_keys, to_keys
+from .remember import seeing
 from .search import top_k
 
 # %% ../nbs/api/16_similar.ipynb #42eef8c3
@@ -36,6 +40,8 @@ def layer_encoder(
     layer: int | None,  # block whose output is wanted, 1 is the first; None: what the encoder itself gives
 ) -> object:  # an Encoder that shares its weights
     "The encoder, reading out one block. Raises `AoiError` for a block that it has not."
+    if not isinstance(encoder, Encoder):
+        raise AoiError(f"encoder is {encoder!r}; an Encoder was expected. Open one: Encoder.from_pretrained(\"aoi-mae-tiny\").")
     if layer is None:
         return encoder
     blocks = encoder_layers(encoder)
@@ -111,7 +117,10 @@ def as_held(
     found = []
     for one in held:
         if not isinstance(one, Mapping):
-            y, x = one
+            try:
+                y, x = one
+            except (TypeError, ValueError):
+                raise AoiError(f"held has {one!r}; pixels (y, x) were expected. Give a list of them: held=[(100, 60)].") from None
             one = {"image": 0, "row": int(y) // patch, "column": int(x) // patch}
         one = {"image": 0, "minus": False, **one}
         rows, columns = grids[one["image"]] if 0 <= one["image"] < len(grids) else (0, 0)
@@ -159,7 +168,18 @@ def plain_keys(
     plain = bank is not None and bank.keys.shape[1] == encoder.dim and not len(bank.space.steps)
     return bank.keys if plain else None
 
+# %% ../nbs/api/16_similar.ipynb #70adfdb9
+def check_same_encoder(
+    bank: object,  # a MemoryBank
+    encoder: object,  # an Encoder
+) -> None:
+    "Raise `AoiError` if the bank was built with another encoder."
+    mine, its = seeing(encoder, bank.recipe).fingerprint(), bank.encoder.fingerprint()
+    if mine != its:
+        raise AoiError(f"The encoder is {mine}, but the bank was built with {its}; neighbours of one mean nothing to the other. "
+                       "Pass the encoder that the bank was built with, or build one with this: build_bank(images, encoder).")
 
+# %% ../nbs/api/16_similar.ipynb #7e61af71
 def bank_neighbours(
     bank: object,  # a MemoryBank
     query: Tensor,  # (d,) of length 1
@@ -168,14 +188,24 @@ def bank_neighbours(
     white: tuple[Tensor, Tensor] | None = None,  # the whitening of the query, if it has one
 ) -> pd.DataFrame:  # a row a patch, nearest first: stem, device, row, column, similarity, y, x, key
     "The patches of a bank nearest to a vector."
-    keys = bank.keys
-    if white is not None:
-        mean, matrix = (part.to(keys) for part in white)
-        keys = functional.normalize((keys - mean) @ matrix, dim=-1)
-    similarity, rows = top_k(query[None].to(keys), keys, k)
+    if white is None:
+        similarity, rows = search_keys(bank, query[None].to(bank.keys.device).float(), k)
+    else:
+        mean, matrix = (part.to(bank.keys) for part in white)
+        keys = functional.normalize((bank.keys - mean) @ matrix, dim=-1)
+        similarity, rows = top_k(query[None].to(keys), keys, k)
     return key_frame(bank, rows[0], similarity=similarity[0])
 
+# %% ../nbs/api/16_similar.ipynb #0d3adea4
+def bank_grid(
+    bank: object,  # a MemoryBank
+    image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
+) -> Tensor:  # (h, w, d) of length 1
+    "The patches of an image as a bank compares them."
+    pixels = torch.as_tensor(checked_image(image))[None]
+    return to_keys(bank, embed(bank.encoder, pixels, size=bank.size), *pixels.shape[-2:])[0].cpu()
 
+# %% ../nbs/api/16_similar.ipynb #00aae6e4
 def neighbours_of_held(
     bank: object,  # a MemoryBank
     images: Sequence[np.ndarray],  # (C, H, W) in [0, 1]
@@ -184,17 +214,29 @@ def neighbours_of_held(
     *,
     k: int = 6,  # how many
     white: tuple[Tensor, Tensor] | None = None,  # the whitening of the grids, if they have one
+    own: dict[int, Tensor] | None = None,  # image -> `bank_grid`, filled and kept from call to call
 ) -> pd.DataFrame:  # as `bank_neighbours`
-    """The neighbours of what is held. A bank with a feature space of its own is asked for those of a single patch.
+    "The neighbours of what is held: in the space of the grids if the bank has none of its own, else in the bank's."
+    if plain_keys(bank, bank.encoder) is None:
+        grids, white = {} if own is None else own, None
+        for number in {one["image"] for one in held} - set(grids):
+            grids[number] = bank_grid(bank, images[number])
+    return bank_neighbours(bank, held_query(grids, held), k=k, white=white)
 
-    Raises `AoiError` if such a bank is asked for several."""
-    p = bank.encoder.patch_size
-    if plain_keys(bank, bank.encoder) is not None:
-        return bank_neighbours(bank, held_query(grids, held), k=k, white=white)
-    if len(held) > 1:
-        raise AoiError("This bank compares in a feature space of its own, one patch at a time. Hold a single patch.")
-    one = held[0]
-    y, x = (
-        min(one[n] * p + p // 2, s - 1) for n, s in zip(("row", "column"), images[one["image"]].shape[1:], strict=True)
-    )
-    return bank.neighbours(torch.as_tensor(images[one["image"]]), y, x, k=k)
+# %% ../nbs/api/16_similar.ipynb #1e45aa06
+def why_not_searched(
+    bank: object,  # a MemoryBank, or None
+    encoder: object,  # an Encoder
+    held: Sequence,  # what is held
+    layer: int | None,  # see `layer_encoder`
+) -> str:  # what to say; empty if the bank can be asked
+    "Why a bank cannot be asked for the neighbours of what is held."
+    if bank is None:
+        return "There is no bank to look in. Pass one: explore(image, encoder, bank)."
+    if not len(bank.keys):
+        return "The bank has no patches yet. Add labelled images: bank.add(dataset)."
+    if not held:
+        return "Hold a patch: click one, or call hold(y, x)."
+    if layer is not None and plain_keys(bank, encoder) is not None:
+        return f"The bank's keys are not those of block {layer} alone. Set layer to None to search it."
+    return ""

@@ -15,6 +15,7 @@ from aoi_ssl.benchmark import (
     key_name,
     method_costs,
     remembered_encodings,
+    short_names,
     worst_images,
 )
 from aoi_ssl.core import AoiError
@@ -57,6 +58,14 @@ def test_counts_are_those_of_banks_built_by_hand(data, counts):
         expected = evaluate(bank, part.select([i for i, s in enumerate(part["stem"]) if s in set(rest["stem"])]))
         found = mine[mine["test"] == test][list(expected.columns)].reset_index(drop=True)
         pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+
+
+def test_a_table_of_two_makers_with_one_device_name_has_both(data):
+    part = data["new devices"]
+    assert list(short_names(by_device(part)).values()) == sorted(set(part["device"]))
+    same = part.remove_columns("device").add_column("device", ["7"] * len(part))
+    makers = sorted(set(part["manufacturer"]))
+    assert len(makers) == 2 and list(short_names(by_device(same)).values()) == [f"{maker}/7" for maker in makers]
 
 
 def test_the_table_averages_seeds_and_shows_their_spread(counts):

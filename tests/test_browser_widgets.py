@@ -780,3 +780,32 @@ def test_a_saved_notebook_shows_a_picture(lab, visit):
     assert v.page.locator(".jp-OutputArea-output", has_text="Error displaying widget").count() == 0
     v.shoot("widget-saved")
     assert v.outside() == []
+
+
+def test_a_notebook_of_ones_own_shows_a_picture(bench):
+    "Run, saved, its kernel gone, opened again: JupyterLab trusts it, and still there is the picture, and no error."
+    b = bench("own.ipynb", EXPLORE)
+    b.run(0)
+    b.widget()
+    picture = b.page.locator(".jp-Notebook .jp-OutputArea-output[data-mime-type='image/png'] img").first
+    note = b.page.get_by_text("A picture of the widget")
+    picture.wait_for(state="attached")
+    assert not picture.is_visible() and not note.is_visible()  # the widget itself is there
+    b.focus()
+    for _ in range(20):  # on a busy machine the outputs may come after a first save
+        b.page.keyboard.press("Control+s")  # the notebook's own, though the widget has the keyboard
+        b.page.wait_for_timeout(500)
+        saved = ask_server(b.url, f"contents/{b.name}?content=1")["content"]["cells"][0]
+        if saved["outputs"]:
+            break
+    assert saved["metadata"]["trusted"] and len(saved["outputs"]) == 3
+    session = next(s for s in ask_server(b.url, "sessions") if s["path"] == b.name)
+    ask_server(b.url, f"kernels/{session['kernel']['id']}/restart", "POST", {})
+    b.page.reload()
+    picture.wait_for(timeout=90_000)
+    note.wait_for()
+    b.page.wait_for_timeout(3000)  # time for the page to look for the widget, and to find none
+    assert b.page.locator(".jp-Notebook .aoi").count() == 0
+    left = b.page.locator(".jp-Notebook .jp-OutputArea-child", has_text="widget")
+    assert [part.inner_text() for part in left.all() if part.is_visible()] == ["A picture of the widget. Run the cell to use it."]
+    b.v.shoot("widget-saved-own")

@@ -22,6 +22,7 @@ from aoi_ssl.data import (
     check_folder,
     class_names,
     device_ids,
+    device_names,
     few_shot,
     load_folder,
     native_item,
@@ -809,6 +810,19 @@ def test_deeppcb_as_it_is():
     assert list(folder) == ["labelled"] and len(ds) == 567 and len(set(ds["device"])) == 8
     assert class_names(ds) == [f"class {i}" for i in range(1, 7)] and channel_count(ds) == 2
     assert set(ds[0]["image"].unique().tolist()) == {0.0, 1.0} and ds[0]["mask"].any()
+
+
+@pytest.mark.parametrize(
+    ("makers", "devices", "names"),
+    [
+        ("aab", "112", "112"),
+        ("aab", "121", ["a/1", "2", "b/1"]),
+        (["unknown", "b", "b"], "112", ["1", "b/1", "2"]),
+        ("", "", ""),
+    ],
+)
+def test_a_device_is_called_by_its_maker_only_where_two_share_its_name(makers, devices, names):
+    assert device_names(makers, devices) == list(names)
 
 
 def test_images_come_in_many_ways(folder):

@@ -197,6 +197,15 @@ def test_class_that_is_never_hit_is_named(parts):
     assert [str(w.message).split()[0] for w in caught] == CLASSES and segmenter.thresholds.tolist() == [1, 1]
 
 
+def test_the_devices_of_two_makers_are_counted_apart(parts):
+    ds = parts["labelled"]
+    same = ds.remove_columns(["manufacturer", "device"])
+    same = same.add_column("manufacturer", list(ds["device"])).add_column("device", ["7"] * len(ds))
+    table = scores(evaluate(Bright(gain=1.2), same), by=("device", "class"))
+    plain = scores(evaluate(Bright(gain=1.2), ds), by=("device", "class"))
+    assert table["device"].tolist() == [f"{device}/7" for device in plain["device"]] and table["iou"].tolist() == plain["iou"].tolist()
+
+
 def test_evaluate_makes_a_row_per_image_and_class(parts):
     frame = evaluate(Bright(), parts["labelled"], method="bright", labels=3)
     assert list(frame.columns) == ["method", "labels", "stem", "device", "class", "tp", "fp", "fn"]

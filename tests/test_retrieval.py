@@ -20,8 +20,16 @@ from aoi_ssl.explain import patch_images
 from aoi_ssl.features import embed
 from aoi_ssl.metrics import THRESHOLDS, threshold_counts
 from aoi_ssl.patches import guided_filter, patchify_mask, rim_weights, unpatchify_mask
-from aoi_ssl.predict import Segmenter, predict_image
-from aoi_ssl.recall import attention_weights, bank_index, list_recall, patch_masks, similarity_weights, to_keys
+from aoi_ssl.predict import Segmenter, load_segmenter, predict_image
+from aoi_ssl.recall import (
+    attention_weights,
+    bank_devices,
+    bank_index,
+    list_recall,
+    patch_masks,
+    similarity_weights,
+    to_keys,
+)
 from aoi_ssl.recall import search as search_bank
 from aoi_ssl.remember import Recipe, estimate_bank, learn_space, make_recipe, remember_image, turned
 from aoi_ssl.retrieval import MemoryBank, build_bank, empty_bank, space_sample
@@ -824,6 +832,24 @@ def test_a_route_knows_images_that_came_later(stripes):
     grown = small.merge(bank.subset(device="down", calibrate=False), calibrate=False)
     assert grown.recipe.routes == 1 and next(iter(grown.like_devices(down[0]))) == "down"
     assert grown.predict(down[0][None]).equal(bank.using(routes=1).predict(down[0][None]))
+
+
+def test_devices_of_two_makers_with_one_name_are_told_apart(dataset, pixels, tmp_path):
+    names = ["acme/d001"] * 2 + ["borealis/d001"] * 3
+    makers = [name.split("/")[0] for name in names]
+    both = dataset.remove_columns("manufacturer").add_column("manufacturer", makers)
+    bank = paper_bank(both, pixels, k=3, calibrate=False)
+    assert bank_devices(bank) == names and set(bank.frame()["device"]) == set(names)
+    routed = bank.using(routes=1)
+    for i, name in enumerate(names):
+        image = both[i]["image"]
+        assert next(iter(bank.like_devices(image))) == name and set(routed.neighbours(image, 5, 5, k=40)["device"]) == {name}
+    with pytest.raises(AoiError, match="no device 'd001'; one of acme/d001, borealis/d001"):
+        bank.remove(device="d001")
+    bank.save(tmp_path / "bank")
+    assert bank_devices(load_segmenter(tmp_path / "bank")) == names
+    bank.remove(device="acme/d001", calibrate=False)
+    assert bank_devices(bank) == ["d001"] * 3 and [record["stem"] for record in bank.images] == both["stem"][2:]
 
 
 def test_routes_need_patches_that_vote(bank):

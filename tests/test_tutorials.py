@@ -48,6 +48,16 @@ def test_the_cell_for_own_data_works_by_setting_one_path(name, labelled, folder,
     assert {p.name for p in mine.parent.iterdir()} <= {"acme", "acme_masks"}, "masks go beside the folder"
 
 
+def test_the_quickstart_takes_a_folder(folder):
+    "Labelled images of some devices, and one path."
+    shown = []
+    names = {"display": shown.append}
+    exec("\n".join(line for line in cells("quickstart", "code")[0].splitlines() if line.startswith(("import ", "from "))), names)
+    exec(own_data("quickstart", str(folder)), names)
+    problems, scores = shown
+    assert list(scores["class"]) == names["class_names"](names["my_parts"].test[names["my_device"]])
+
+
 def defined(source: str) -> set[str]:
     "Every name that a piece of code assigns, imports or defines."
     found = set()
@@ -58,6 +68,8 @@ def defined(source: str) -> set[str]:
             found.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             found |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            found.add(node.name)
         elif isinstance(node, ast.arg):
             found.add(node.arg)
     return found
@@ -73,7 +85,7 @@ def test_a_solution_with_a_name_that_is_gone_is_found():
     assert unknown("a = len(bank)\nb = a", "bank = 1") == set() and unknown("len(banks)", "bank = 1") == {"banks"}
 
 
-@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("name", ("quickstart", *TAUGHT))
 def test_solutions_fit_the_notebook(name):
     "Two exercises at least, each with a folded solution; its code uses what the notebook has."
     text, code = "\n\n".join(cells(name, "markdown")), "\n".join(cells(name, "code"))

@@ -21,7 +21,8 @@ from aoi_ssl.novelty import calibrate_novelty
 from aoi_ssl.predict import Segmenter
 from aoi_ssl.pretrain import Pretrained
 from aoi_ssl.remember import remember_image
-from aoi_ssl.retrieval import MemoryBank
+from aoi_ssl.retrieval import MemoryBank, empty_bank
+from aoi_ssl.similar import bank_grid
 from aoi_ssl.teach import teach
 from aoi_ssl.watch import chart_series, watch
 from aoi_ssl.widgets import bank_mask
@@ -157,6 +158,38 @@ def test_neighbours_come_from_the_bank(scene, encoder, bank):
     assert handle.near[0]["labels"] == CLASSES[maps[0][0, 0]]
     handle.space = "whitened"
     assert (handle.neighbours.similarity > 0.999).all()
+
+
+def test_a_bank_of_another_encoder_is_refused(scene, encoder, bank):
+    "Its keys would be compared with embeddings that mean something else."
+    for look in (explore, show.explore):
+        with pytest.raises(AoiError, match="built with"):
+            look(scene[0][0], ViTEncoder("nano", patch_size=8), bank, held=[(0, 0)])
+        with pytest.raises(AoiError, match="aoi-mae-tiny.*from_pretrained"):
+            look(scene[0][0], "aoi-mae-tiny")
+        with pytest.raises(AoiError, match=r"held has 0; pixels \(y, x\)"):
+            look(scene[0][0], encoder, held=(0, 0))
+
+
+def test_an_empty_bank_says_so(scene, encoder):
+    "In the widget as in its twin nothing is searched, and the rest is shown."
+    empty = empty_bank({"a": scene[0][0]}, encoder, CLASSES, method="paper")
+    handle = explore(scene[0][0], encoder, empty, held=[(0, 0)])
+    assert handle.near == [] and "bank.add" in handle.bank_note
+    assert handle.picture()._repr_png_() == show.explore(scene[0][0], encoder, empty, held=[(0, 0)])._repr_png_()
+
+
+def test_a_bank_that_keeps_its_lights_shows_them(folder):
+    "Nothing has to be passed beside the bank; what is passed comes first."
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.retrieval import build_bank
+
+    new = load_folder(folder)["new"]
+    bank = build_bank(new.select([0]), PixelEncoder(channels=2), refine=1, calibrate=False)
+    stem, image = new["stem"][0], new[0]["image"].numpy()
+    assert np.allclose(show.bank_image(bank, None, stem), image)
+    assert (show.bank_image(bank, {stem: torch.zeros(2, 256, 256)}, stem) == 0).all()
+    assert show.bank_image(bank.using(refine=0), None, "another") is None
 
 
 def test_a_neighbour_is_shown_in_its_place(scene, encoder, bank):
@@ -453,9 +486,14 @@ def test_widgets_with_a_bank_that_turns_shifts_and_whitens(folder):
     truth = np.pad(known[0]["mask"].numpy(), ((0, 0), (16, 16), (16, 16)))
     assert bank.turn[row] > 0 and (upright == truth[:, y + 16:y + 32, x + 16:x + 32]).all()
     handle = explore(asked, bank.encoder, bank, bank_images=known, held=[(128, 128)], k=4)
-    assert len(handle.near) == 4 and handle.bank_note == ""
+    assert len(handle.near) == 4 and "own space" in handle.bank_note
+    one = bank.neighbours(asked["image"], 128, 128, k=4)
+    assert handle.neighbours.key.tolist() == one.key.tolist()
     handle.hold(40, 40, add=True)
-    assert "one patch at a time" in handle.bank_note
+    both = bank.keys.float() @ torch.nn.functional.normalize(sum(bank_grid(bank, asked["image"])[p] for p in ((8, 8), (2, 2))), dim=0)
+    assert handle.neighbours.similarity.tolist() == pytest.approx(both.topk(4).values.tolist(), abs=1e-3)
+    handle.hold(40, 40, minus=True)
+    assert len(handle.near) == 4 and handle.picture() is not None
     judged = inspect(asked, bank, bank_images=known)
     judged.ask(128, 128)
     assert judged.near and judged.error == ""

@@ -136,6 +136,10 @@ def renderer() -> type:
         text = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", text).replace("|", "\\|")
         return f"`{text}`" if text else ""
 
+    def plain(text: str) -> str:
+        "Code that nbdev makes no link of: a parameter may have the name of a function elsewhere."
+        return f"<code>{html.escape(text)}</code>".replace("|", "\\|")
+
     def default(value: object) -> str:
         text = getattr(value, "__name__", None) or " ".join(repr(value).split())
         return text if len(text) < 48 else text[:44] + " ..."
@@ -171,9 +175,9 @@ def renderer() -> type:
                 return []  # the call says as much: a method whose docstring names the function that it hands on to
             for p in parameters:
                 kind = "" if p.annotation is p.empty else code(p.annotation)
-                value = "required" if p.default is p.empty else code(default(p.default))
+                value = "required" if p.default is p.empty else plain(default(p.default))
                 value = "" if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) else value
-                rows.append(f"| `{p.name}` | {kind} | {value} | {comment(p.name)} |")
+                rows.append(f"| {plain(p.name)} | {kind} | {value} | {comment(p.name)} |")
             returned = self.sig.return_annotation
             if comment("return") and not inspect.isclass(self.sym):
                 kind = "" if returned is inspect.Signature.empty else code(returned)

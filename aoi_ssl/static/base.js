@@ -115,6 +115,19 @@ export function lightChoices(model) {
     toggle(model, "stretch", "Stretch", "Brighten: the middle 99 % of the grey values from black to white")];
 }
 
+const OURS = new Set(["z", "y"]);  // of the keys with Ctrl or Cmd: undo and redo
+
+/** Keys pressed in a widget are its own, not shortcuts of the notebook; those with Ctrl or Cmd, such as saving, stay the notebook's. */
+function keepKeys(root) {
+  const mark = (e) => {
+    if (!root.isConnected) { window.removeEventListener("keydown", mark, true); return; }
+    if (!root.contains(e.target)) return;
+    const suppress = !(e.ctrlKey || e.metaKey) || OURS.has(e.key.toLowerCase());
+    for (const part of [root, e.target]) part.toggleAttribute("data-lm-suppress-shortcuts", suppress);  // it looks at what has the focus first
+  };
+  root.addEventListener("focusin", () => window.addEventListener("keydown", mark, true));
+}
+
 /** The frame of a widget: toolbar, error area, body, and a foot with a status line and the keys. */
 export function frame(model, el, { label, keys = [] }) {
   const bar = make("div", { class: "aoi-bar", role: "toolbar", "aria-label": `${label}: settings` });
@@ -129,10 +142,9 @@ export function frame(model, el, { label, keys = [] }) {
     list.hidden = !list.hidden;
     help.setAttribute("aria-expanded", String(!list.hidden));
   }, { glyph: "keyboard", "aria-expanded": "false" });
-  const root = make("div", { class: "aoi", role: "group", "aria-label": label, "data-lm-suppress-shortcuts": "true" }, bar, error, body,
+  const root = make("div", { class: "aoi", role: "group", "aria-label": label }, bar, error, body,
     make("div", { class: "aoi-foot" }, legend, status, keys.length ? help : null), list);
-  // the notebook looks for its own shortcuts at what has the focus first: said on the frame alone, it would be too late
-  root.addEventListener("focusin", (e) => e.target.setAttribute("data-lm-suppress-shortcuts", "true"));
+  keepKeys(root);
   watchTraits(model, "error", () => {
     words.textContent = model.get("error");
     error.hidden = !words.textContent;
@@ -568,7 +580,7 @@ export class NearList {
     this.close();
     this.urls = thumbs.map((bytes) => URL.createObjectURL(new Blob([bytesOf(bytes)], { type: "image/png" })));
     this.root.replaceChildren(...near.map((n, i) => this.one(n, i)));
-    if (!near.length) this.root.append(make("p", { class: "aoi-note" }, this.model.get("bank_note")));
+    if (this.model.get("bank_note")) this.root.append(make("p", { class: "aoi-note" }, this.model.get("bank_note")));
     this.press();
   }
 
@@ -582,7 +594,7 @@ export class NearList {
 
   press() {
     const key = this.model.get("place")?.key;
-    [...this.root.querySelectorAll("button")].forEach((b, i) => b.setAttribute("aria-pressed", String(this.model.get("near")[i].key === key)));
+    [...this.root.querySelectorAll("button")].forEach((b, i) => b.setAttribute("aria-pressed", String(this.model.get("near")[i]?.key === key)));
   }
 
   close() { this.urls?.forEach((url) => URL.revokeObjectURL(url)); }

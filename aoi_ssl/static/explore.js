@@ -260,7 +260,7 @@ class Explorer {
 
   showPatches() {
     const one = this.current() ?? this.get("held").at(-1), names = this.get("sources")[0].names;
-    const lights = names.length > 1 ? names.map((name, c) => [name, c]).slice(0, 2).concat([["colour", "colour"]]) : [[names[0], 0]];
+    const lights = names.length > 1 ? names.map((name, c) => [name, c]).slice(0, 4).concat([["colour", "colour"]]) : [[names[0], 0]];
     if (this.patches.childElementCount !== lights.length)
       this.patches.replaceChildren(...lights.map(([name]) => make("figure", {}, make("canvas", { role: "img", "aria-label": `the patch under ${name}` }), make("figcaption", {}, name))));
     this.patchName.textContent = one ? `Patch: row ${one.row}, column ${one.column}` : "Patch";
