@@ -182,6 +182,7 @@ def remember_image(
     space: FeatureSpace | None = None,  # embedding -> key; None: only scaled to length 1
     number: int = 0,  # of the image in its bank
     size: int = 512,  # side of an encoder window, pixels
+    kept: dict | None = None,  # of this image alone: filled with the keys of all grids, which are then taken from there
 ) -> dict[str, Tensor]:  # keys (n, d), values and known (n, bytes), image, y, x, turn (n,), image_keys (1, d)
     "Keys, packed masks and places of the patches of one image; those that are wholly ignored are left out."
     space = FeatureSpace() if space is None else space
@@ -190,7 +191,10 @@ def remember_image(
     for turn in range(recipe.turns):
         image, mask, known = (turned(x, turn) for x in (item["image"], item["mask"] & ~ignore, ~ignore))
         seen, gaps, edges = known.any(0), ~known.all(0), class_edges(mask)
-        for place, (shift, keys, mean) in enumerate(_image_keys(image, encoder, recipe, space, size)):
+        grids = _image_keys(image, encoder, recipe, space, size) if kept is None or turn not in kept else kept[turn]
+        if kept is not None:
+            grids = kept[turn] = [*grids]
+        for place, (shift, keys, mean) in enumerate(grids):
             whole = space(mean[None], torch.full((1, 2), 0.5, device=mean.device)).cpu() if whole is None else whole
             touched = [] if seen.all() else [seen]
             touched += [] if place < min(16, recipe.bank_shifts) else [edges]

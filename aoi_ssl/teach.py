@@ -6,12 +6,12 @@
 __all__ = ['TOOLS', 'JOURNAL', 'BOX', 'tube', 'flood', 'stroke_mask', 'Labels', 'Journal', 'pack_labels', 'unpack_labels', 'Pile',
            'default_journal', 'other_journals', 'memory_of', 'learn_image', 'forget_image', 'image_keys', 'predict_box',
            'boxes_of', 'TeachTraits', 'TeachState', 'Teacher', 'teach_do', 'apply_step', 'replay', 'kept_words',
-           'teach_learn', 'learn_rest', 'Draft', 'teach_draft', 'predict_more', 'teach_predict', 'catch_up', 'soon',
-           'one_sided', 'teach_calibrate', 'whole_images', 'whole_bank', 'tell_cuts', 'cuts_moved', 'keep_by_hand',
-           'set_threshold', 'bank_state', 'bank_kind', 'teach_notice', 'after_cells', 'restore_cuts', 'odd_shares',
-           'suggestions', 'next_unlabelled', 'teach_planes', 'teach_show', 'teach_went', 'teach_send', 'send_labels',
-           'send_boxes', 'teach_state', 'teach_progress', 'save_labels', 'mask_files', 'teach_answer', 'teach_save',
-           'teach_picture', 'teach']
+           'teach_learn', 'kept_grids', 'learn_rest', 'Draft', 'teach_draft', 'predict_more', 'teach_predict',
+           'catch_up', 'soon', 'settle', 'one_sided', 'teach_calibrate', 'whole_images', 'whole_bank', 'tell_cuts',
+           'cuts_moved', 'keep_by_hand', 'set_threshold', 'bank_state', 'bank_kind', 'teach_notice', 'after_cells',
+           'restore_cuts', 'odd_shares', 'suggestions', 'next_unlabelled', 'teach_planes', 'teach_show', 'teach_went',
+           'teach_send', 'send_labels', 'send_boxes', 'teach_state', 'teach_progress', 'save_labels', 'mask_files',
+           'teach_answer', 'teach_save', 'teach_picture', 'teach']
 
 # %% ../nbs/api/21_teach.ipynb #1da2ba71
 import asyncio
@@ -310,13 +310,14 @@ def learn_image(
     labels: Labels,  # of the image
     *,
     device: str = "unknown",  # what it shows
+    kept: dict | None = None,  # as for `remember_image`
 ) -> None:
     "Put what is known of an image into a bank."
     mask, known = torch.from_numpy(labels.mask), torch.from_numpy(labels.known)
     item = {"image": torch.as_tensor(image), "mask": mask, "ignore": (~known).expand(mask.shape)}
     forget_image(bank, name)
     options = {"recipe": bank.recipe, "space": bank.space, "size": bank.size}
-    tensors = remember_image(item, bank.encoder, number=len(bank.images), **options)
+    tensors = remember_image(item, bank.encoder, number=len(bank.images), kept=kept, **options)
     shown = [c for c, m in zip(bank.classes, labels.mask & labels.known, strict=True) if m.any()]
     record = {"stem": name, "device": device, "height": mask.shape[1], "width": mask.shape[2], "classes": shown}
     lights = [(torch.as_tensor(image) * 255).round().byte()]
@@ -442,7 +443,7 @@ class TeachState(TeachTraits):
         self.out, self.mask_format, self.written = out, mask_format, set()
         self._bank, self.given = bank, len(bank.images) > 0
         self._windows, self._labels, self._touched = {}, {}, set()
-        self._predicted, self._keys, self._near = {}, {}, (0, 0)
+        self._predicted, self._keys, self._grids, self._near = {}, {}, {}, (0, 0)
         self._unlearned, self._work, self._timer = set(), None, None
         self._first, self._seen = bank.thresholds.clone(), bank_state(bank)
         self._due, self._judged = False, set()  # whether thresholds are to be chosen, and the images that they were chosen by
@@ -524,6 +525,10 @@ class Teacher(TeachState):
     def learn(self) -> "Teacher":
         "Put the labels of this image into the bank, choose the thresholds, and predict anew."
         return teach_do(self, {"do": "learn"})
+
+    def settle(self) -> "Teacher":
+        "Learn, predict and show at once what the loop of the notebook would do when it has time."
+        return settle(self)
 
     def calibrate(self, **options) -> "Teacher":
         "Choose k and thresholds from all that is labelled, as `cross_validate` does; what was set by hand stays."
@@ -687,7 +692,12 @@ def teach_learn(
     with handle._lock, memory_of(bank.encoder, handle._windows):
         if labels.known.any():
             learn_image(
-                bank, handle.names[index], handle.pile.image(index), labels, device=handle.pile.devices[index]
+                bank,
+                handle.names[index],
+                handle.pile.image(index),
+                labels,
+                device=handle.pile.devices[index],
+                kept=kept_grids(handle, index),
             )
         else:
             forget_image(bank, handle.names[index])
@@ -695,6 +705,20 @@ def teach_learn(
     handle._predicted.clear()
     handle._due |= index in handle._judged or index in whole_images(handle)
     handle._seen = bank_state(bank)
+
+
+def kept_grids(
+    handle: TeachState,  # whose bank learns
+    index: int,  # of an image
+    *,
+    most: int = 2**26,  # numbers to keep: 256 MiB
+) -> dict | None:  # for `remember_image`; None: they would be too many
+    "A place for the keys of the image that was learned last, which the next stroke needs again."
+    bank, pixels = handle._bank, handle.pile.image(index)[0].size
+    if index not in handle._grids:
+        handle._grids = {index: {}}
+    grids = bank.recipe.bank_shifts * bank.recipe.turns * (1 + bank.recipe.between)
+    return handle._grids[index] if pixels / bank.encoder.patch_size**2 * bank.keys.shape[1] * grids <= most else None
 
 
 def learn_rest(
@@ -766,6 +790,7 @@ def catch_up(
     "Learn what was painted, predict what is shown, and send it to the page, in parts."
     if handle._unlearned:
         learn_rest(handle)
+        teach_state(handle)
         yield
     for name, index in (("0", handle.index), ("1", handle.next_index)):
         while (more := predict_more(handle, index)) or handle._predicted[index].fresh:
@@ -781,16 +806,32 @@ def soon(
     wait: float = 0.05,  # seconds without a stroke
 ) -> None:
     "Catch up when there is time; at once where no loop runs."
-    handle._work = catch_up(handle)
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        for _ in handle._work:
-            pass
+        settle(handle)
         return
+    _stop(handle)
+    handle._work = catch_up(handle)
+    handle._timer = loop.call_later(wait, _part, handle, loop)
+
+
+def settle(
+    handle: TeachState,  # its bank learns; the page is told
+) -> Teacher:  # the same
+    "Catch up at once."
+    with handle._lock:
+        _stop(handle)
+        for _ in catch_up(handle):
+            pass
+    return handle
+
+
+def _stop(handle: TeachState) -> None:
+    "Leave what is to be done."
     if handle._timer is not None:
         handle._timer.cancel()
-    handle._timer = loop.call_later(wait, _part, handle, loop)
+    handle._timer = None
 
 
 def _part(handle: TeachState, loop: asyncio.AbstractEventLoop) -> None:
@@ -934,6 +975,7 @@ def teach_notice(
         handle._seen = bank_state(bank)
         handle._predicted.clear()
         handle._keys.clear()
+        handle._grids.clear()
         if any(moved):
             keep_by_hand(handle, moved)
         soon(handle)

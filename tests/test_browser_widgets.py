@@ -669,7 +669,7 @@ def polygon_by_keys(b) -> None:
 
 def test_teach_without_a_mouse_and_without_a_kernel(bench):
     "A polygon by keyboard, and by double click; labels survive a restart unasked, and who paints on a dead kernel is told."
-    code = TEACH.replace("look(3, i)", "look(3, i, 256)").replace(', out="taught"', "")
+    code = TEACH.replace("look(3, i)", "look(3, i, 1100)").replace(', out="taught"', "")
     b = bench("teach-kernel.ipynb", code, ASK_TEACH, "None")
     b.run(0)
     b.widget()
@@ -677,17 +677,22 @@ def test_teach_without_a_mouse_and_without_a_kernel(bench):
     assert b.ask(until=lambda a: a["labels"][3])["labels"][3] == 24 * 24
     b.page.locator(".aoi-palette").get_by_role("button", name="ball").click()
     b.page.locator(".aoi-main canvas").scroll_into_view_if_needed()
-    for y, x in [(20, 20), (20, 60)]:
+    for y, x in [(80, 80), (80, 240)]:
         b.page.mouse.click(*b.at(y, x))
-    b.page.mouse.dblclick(*b.at(60, 60))
+    b.page.mouse.dblclick(*b.at(240, 240))
     answer = b.ask(until=lambda a: a["labels"][1])
-    assert abs(answer["labels"][1] - 800) < 60 and answer["error"] == ""
+    assert abs(answer["labels"][1] - 12800) < 700 and answer["error"] == ""
     assert b.js("return w.shape;") is None and b.page.locator(".aoi-silent").is_hidden()
+    shown = "w.views[0].source.whole.planes"  # half of 1100 pixels: lights, labels, what is known, what is predicted
+    area = b.js(f"return [3, 6, 8].map((n) => {shown}[n].reduce((sum, v) => sum + (v > 127), 0));")
+    assert abs(area[0] - answer["labels"][1] / 4) < 200 and abs(area[1] - answer["known"] / 4) < 200 and area[2] > 0
+    b.page.mouse.move(5, 5)
+    b.shoot("teach-large")
 
     ask_server(b.url, f"kernels/{kernel_of(b)}/restart", "POST")
     b.focus()
     b.page.keyboard.press("l")
-    drag(b, (200, 20), (200, 60))
+    drag(b, (800, 80), (800, 240))
     silent = b.page.locator(".aoi-silent")
     silent.wait_for(timeout=20_000)
     assert "run the cell again" in silent.inner_text() and "1 stroke is not taken" in silent.inner_text()

@@ -21,7 +21,7 @@ from aoi_ssl import show
 from aoi_ssl.core import AoiError
 from aoi_ssl.remember import learn_space, recipe_name
 from aoi_ssl.retrieval import BANK_TENSORS, empty_bank
-from aoi_ssl.teach import Labels, learn_image, odd_shares, stroke_mask
+from aoi_ssl.teach import Labels, image_keys, learn_image, odd_shares, predict_box, stroke_mask
 from aoi_ssl.teach import teach as teach_kept
 
 teach = partial(teach_kept, journal=None)  # a test begins afresh
@@ -367,6 +367,21 @@ def test_a_stroke_interrupts_the_prediction(pair, encoder, monkeypatch):
     asyncio.run(session())
 
 
+@pytest.mark.parametrize("changes", [{"decoder": "mixture", "query_shifts": 4}, {"routes": 1, "refine": 3}, {"halo": 0}])
+def test_boxes_are_what_the_bank_predicts(pair, encoder, scene, changes):
+    made = empty_bank(pair, encoder, CLASSES, method="fast", **changes)
+    for name, device, mask in zip(pair, ("a", "b"), scene[1], strict=False):
+        learn_image(made, name, pair[name].numpy(), Labels(mask.numpy(), np.ones(mask.shape[1:], bool)), device=device)
+    with warnings.catch_warnings(action="ignore"):
+        made.calibrate(ks=(4,))
+    image = torch.cat([pair["two"], pair["one"]], 2)[:, 3:]
+    keys, whole = image_keys(made, image.numpy()), made.predict(image[None])[0].numpy()
+    assert whole.std() > 0.05
+    for top, bottom, left, right in ((0, 20, 0, 50), (20, 45, 50, 128), (7, 31, 33, 99), (0, 45, 0, 128)):
+        found = predict_box(made, image.numpy(), keys, (top, bottom, left, right))
+        assert np.abs(found - whole[:, top:bottom, left:right]).max() < 1e-4
+
+
 def test_whoever_asks_gets_all_strokes(pair, encoder, bank, monkeypatch):
     shell = type("Shell", (), {"events": EventManager(None, dict.fromkeys(("pre_run_cell", "post_run_cell"), lambda result: None))})()
     monkeypatch.setattr(importlib.import_module("aoi_ssl.teach"), "get_ipython", lambda: shell)
@@ -391,6 +406,10 @@ def test_whoever_asks_gets_all_strokes(pair, encoder, bank, monkeypatch):
         handle.send = lambda content, buffers=None: sent.append(content)
         await idle(handle)
         assert ("0", 7) in [(c["source"], c["start"]) for c in sent if c["kind"] == "update"]  # the page is told as well
+        handle._handle_custom_msg(message("undo"), [])
+        sent.clear()
+        assert handle.settle() is handle and handle._timer is None and not handle._unlearned
+        assert [c["source"] for c in sent] == ["0", "1"]
 
     asyncio.run(session())
 
