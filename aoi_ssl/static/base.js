@@ -173,7 +173,8 @@ export class Source {
     Object.assign(this, { model, index, ready, prefix, tiles: new Map(), version: 0, edits: 0 });
     this.receive = (message, buffers) => this.onTile(message, buffers);
     model.on("msg:custom", this.receive);
-    model.on(`change:${prefix}overviews`, () => this.load());
+    this.renew = () => this.load();
+    model.on(`change:${prefix}overviews`, this.renew);
     this.load();
   }
 
@@ -235,7 +236,10 @@ export class Source {
     this.ready?.(this);
   }
 
-  close() { this.model.off("msg:custom", this.receive); }
+  close() {
+    this.model.off("msg:custom", this.receive);
+    this.model.off(`change:${this.prefix}overviews`, this.renew);
+  }
 }
 
 /** The weights of each light in red, green and blue, as Python made them (see show.false_colour). */
@@ -537,12 +541,13 @@ export function swatch(name, colour, { onclick, fill = "pale" } = {}) {
 }
 
 /** A horizontal colour scale with the values at its ends. */
-export function colourBar(table, [low, high], label) {
-  const canvas = make("canvas", { width: 128, height: 1, role: "img", "aria-label": `Colour scale from ${low.toFixed(2)} to ${high.toFixed(2)}` });
+export function colourBar(table, ends, label) {
+  const [low, high] = ends.map((v) => (typeof v === "number" ? v.toFixed(2) : v));
+  const canvas = make("canvas", { width: 128, height: 1, role: "img", "aria-label": `Colour scale from ${low} to ${high}` });
   const context = canvas.getContext("2d"), image = context.createImageData(128, 1);
   for (let i = 0; i < 128; i++) image.data.set([...table.slice(6 * i, 6 * i + 3), 255], 4 * i);
   context.putImageData(image, 0, 0);
-  return make("span", { class: "aoi-scale" }, make("span", {}, label), make("span", {}, low.toFixed(2)), canvas, make("span", {}, high.toFixed(2)));
+  return make("span", { class: "aoi-scale" }, make("span", {}, label), make("span", {}, low), canvas, make("span", {}, high));
 }
 
 export const table256 = (model, name) => bytesOf(model.get("scales_rgb")[name]);
