@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['similarity', 'neighbours', 'reconstruction', 'curves', 'score_chart', 'image_of', 'upright_masks', 'thumbnail',
-           'explore', 'scale_limits', 'explored', 'inspect', 'name_segmenters', 'novelty_note', 'novelty_of',
-           'NoveltyMaps', 'novelty_maps', 'inspected', 'teach', 'taught', 'watch', 'held_pixel', 'limits_over_time',
-           'watched', 'Picture', 'PALETTE', 'ERROR_COLOURS', 'class_colour', 'false_colour', 'lights', 'gallery',
-           'overlay', 'compare', 'errors']
+           'explore', 'scale_limits', 'explored', 'inspect', 'name_segmenters', 'chosen_classes', 'chosen_thresholds',
+           'plain_numbers', 'novelty_note', 'novelty_of', 'NoveltyMaps', 'novelty_maps', 'inspected', 'check_overlay',
+           'teach', 'taught', 'watch', 'held_pixel', 'limits_over_time', 'watched', 'Picture', 'PALETTE',
+           'ERROR_COLOURS', 'class_colour', 'false_colour', 'lights', 'gallery', 'overlay', 'compare', 'errors']
 
 # %% ../nbs/api/17_show.ipynb #e5a19f04
 import math
@@ -515,7 +515,7 @@ def _neighbour_strip(
 
 # %% ../nbs/api/17_show.ipynb #6edb98e4
 def inspect(
-    image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
+    image: Tensor | np.ndarray | Mapping,  # (C, H, W) in [0, 1]; or a row of a dataset, which brings its truth along
     segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
     truth: Tensor | np.ndarray | None = None,  # (K, H, W) bool
     *,
@@ -526,12 +526,15 @@ def inspect(
     opacity: float = 0.3,  # strength of the colours, 0 to 1
     light: int | str = 0,  # what lies under: a light's index, "mean" or "colour"
     stretch: bool = False,  # brighten a dark image
+    bank_images: object = None,  # where the bank's images are; the widget shows neighbours in them, a figure has none
     width: float = 9.0,  # inches
 ) -> Picture:  # the figure
     "What the widget `inspect` shows. Raises `AoiError` for what does not fit."
-    named = name_segmenters(segmenters)
-    found = {n: predict_image(s, torch.as_tensor(checked_image(image))).numpy() for n, s in named.items()}
-    own = {n: plain_thresholds(s) for n, s in named.items()} | dict(thresholds or {})
+    if isinstance(image, Mapping) and truth is None:
+        truth, ignore = image.get("mask"), image.get("ignore")
+    named, image = name_segmenters(segmenters), as_picture(image, "image")[1]
+    found = {n: predict_image(s, torch.as_tensor(image)).numpy() for n, s in named.items()}
+    own = chosen_thresholds(thresholds, {n: plain_thresholds(s) for n, s in named.items()})
     novelty = novelty_maps(named, image) if overlay == "novelty" else None
     classes = next(iter(named.values())).classes
     look = {"shown": shown, "overlay": overlay, "opacity": opacity, "light": light, "stretch": stretch, "width": width}
@@ -545,6 +548,10 @@ def name_segmenters(
     named = (
         dict(segmenters) if isinstance(segmenters, Mapping) else {getattr(segmenters, "kind", "segmenter"): segmenters}
     )
+    wrong = [f"{n}: {type(s).__name__} {s!r}"[:80] for n, s in named.items() if not (hasattr(s, "predict") and hasattr(s, "classes"))]
+    if wrong:
+        raise AoiError(f"{'; '.join(wrong)} is no segmenter; a Segmenter, or a mapping from names to Segmenters, was expected: "
+                       "{'bank': bank, 'network': network}. Open a folder with aoi_ssl.Segmenter.load(folder).")  # fmt: skip
     classes = {n: list(s.classes) for n, s in named.items()}
     if not named or len({tuple(c) for c in classes.values()}) > 1:
         raise AoiError(
@@ -552,6 +559,45 @@ def name_segmenters(
             "expected. Look at them one by one."
         )
     return named
+
+# %% ../nbs/api/17_show.ipynb #ec09f550
+def chosen_classes(
+    shown: Sequence | None,  # names, or True and False for each class; None: all
+    classes: Sequence[str],  # K names
+) -> list[bool]:  # K
+    "Which classes are shown. Raises `AoiError` for a class that there is not."
+    if shown is None:
+        return [True] * len(classes)
+    if not isinstance(shown, str) and isinstance(shown, Sequence):
+        if len(shown) == len(classes) and all(isinstance(on, bool) for on in shown):
+            return list(shown)
+        if all(isinstance(name, str) and name in classes for name in shown):
+            return [name in shown for name in classes]
+    raise AoiError(f"shown={shown!r}; a list of names out of {list(classes)} was expected, or True or False for each of these.")
+
+
+def chosen_thresholds(
+    thresholds: Mapping[str, Sequence[float]] | None,  # name -> one for each class
+    own: Mapping[str, Sequence[float]],  # name -> those that hold where none are given
+) -> dict[str, list[float]]:  # name -> one for each class, for all segmenters
+    "Thresholds of all segmenters. Raises `AoiError` for a segmenter that there is not, and for what is no threshold."
+    count = len(next(iter(own.values())))
+    fits = thresholds is None or (isinstance(thresholds, Mapping) and set(thresholds) <= set(own))
+    rows = {n: plain_numbers(row) for n, row in ({**own, **(thresholds or {})} if fits else own).items()}
+    if not fits or not all(len(row) == count and all(0 <= t <= 1 for t in row) for row in rows.values()):
+        raise AoiError(f"thresholds={thresholds!r}; for each of {list(own)}, or for some of them by name, a list of {count} numbers "
+                       "from 0 to 1 was expected.")
+    return rows
+
+
+def plain_numbers(
+    row: object,  # numbers, perhaps
+) -> list[float]:  # the same; empty if it is no row of numbers
+    "A row of numbers as a list."
+    try:
+        return [float(v) for v in row]
+    except (TypeError, ValueError):
+        return []
 
 # %% ../nbs/api/17_show.ipynb #7d3ccea9
 def novelty_note(
@@ -619,17 +665,8 @@ def inspected(
     width: float = 9.0,  # inches
 ) -> Picture:  # the figure
     "Draw what was predicted already. Raises `AoiError` for an overlay or a class that there is not."
-    kept = [c for c in classes if shown is None or c in shown]
-    unknown = [c for c in shown or () if c not in classes]
-    if (
-        overlay not in ("mask", "errors", "probability", "novelty", "none")
-        or unknown
-        or (overlay == "errors" and truth is None)
-    ):
-        raise AoiError(
-            f"overlay={overlay!r}, shown={shown}; mask, errors (with a truth), probability, novelty or none, and classes of "
-            f"{list(classes)} were expected."
-        )
+    kept = [c for c, on in zip(classes, chosen_classes(shown, classes), strict=True) if on]
+    check_overlay(overlay, truth is not None)
     at = [list(classes).index(c) for c in kept]
     masks = {n: p[at] > np.asarray(thresholds[n], np.float32)[at, None, None] for n, p in probabilities.items()}
     truth, ignore = (None if m is None else as_array(m)[at] for m in (truth, ignore))
@@ -646,6 +683,17 @@ def inspected(
     maps = NoveltyMaps({n: p[at].max(0) for n, p in probabilities.items()}, [0.0, 1.0], {}, overlay)
     maps = novelty if overlay == "novelty" else maps
     return _heat_maps(image, maps, overlay, alpha=min(1.0, opacity + 0.35), **how)
+
+
+def check_overlay(
+    overlay: str,  # what is to be laid over an image
+    has_truth: bool,  # whether there is a truth
+) -> None:
+    "Raise `AoiError` for an overlay that there is not, and for errors without a truth."
+    if overlay not in ("mask", "errors", "probability", "novelty", "none"):
+        raise AoiError(f"overlay={overlay!r}; 'mask', 'errors', 'probability', 'novelty' or 'none' was expected.")
+    if overlay == "errors" and not has_truth:
+        raise AoiError("overlay='errors' needs a truth to compare with. Pass truth, or choose 'mask', 'probability' or 'none'.")
 
 
 def _heat_maps(image, found: NoveltyMaps, what: str, *, alpha: float, light, stretch: bool, width: float) -> Picture:

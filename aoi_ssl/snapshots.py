@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARES', 'half_weights', 'Snapshots']
 
-# %% ../nbs/api/06_snapshots.ipynb #d298e876
+# %% ../nbs/api/06_snapshots.ipynb #3085af2d
 import copy
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .core import atomic_path
 
-# %% ../nbs/api/06_snapshots.ipynb #d27dcdb5
+# %% ../nbs/api/06_snapshots.ipynb #4ff379f2
 SHARES = (0.0, 1 / 16, 1 / 4, 1 / 2)  # of the budget, after which a snapshot is taken
 
 
@@ -26,7 +26,7 @@ def half_weights(
     kept = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
     return {name: value.half() if value.is_floating_point() and value.ndim > 1 else value for name, value in kept.items()}
 
-# %% ../nbs/api/06_snapshots.ipynb #fee7ccca
+# %% ../nbs/api/06_snapshots.ipynb #d0b82bed
 class Snapshots:
     "Encoders on the way, in a folder or in memory; `runs.open_snapshots` opens them."
 

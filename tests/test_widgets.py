@@ -313,6 +313,73 @@ def test_inspect_says_what_does_not_fit(scene, segmenters):
     assert handle.error == ""
 
 
+WRONG = {
+    "no segmenters": ({"segmenters": [1, 2]}, "no segmenter"),
+    "a path": ({"segmenters": "runs/bank"}, "Segmenter.load"),
+    "errors without a truth": ({"overlay": "errors"}, "needs a truth"),
+    "no overlay": ({"overlay": "heat"}, "heat"),
+    "no class": ({"shown": ["wires"]}, "wires.*wire"),
+    "a name for a list": ({"shown": "wire"}, "shown='wire'"),
+    "too few": ({"shown": [True]}, "shown="),
+    "no such segmenter": ({"thresholds": {"nope": [0.5] * 4}}, "nope.*'a'"),
+    "too few thresholds": ({"thresholds": {"a": [0.5]}}, "4 numbers"),
+    "no number": ({"thresholds": {"a": "high"}}, "4 numbers"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_inspect_and_its_twin_refuse_the_same(scene, segmenters, case):
+    options, match = WRONG[case]
+    for look in (inspect, show.inspect):
+        with pytest.raises(AoiError, match=match):
+            look(scene[0][0], **{"segmenters": {"a": segmenters["a"]}} | options)
+
+
+def test_traits_of_inspect_take_names_and_refuse_what_there_is_not(scene, segmenters):
+    "Set in Python or by the page; the old value stays."
+    handle = inspect(scene[0][0], segmenters)
+    handle.shown = ["wire"]
+    assert handle.shown == [True, False, False, False]
+    handle.thresholds = {"b": [0.1, 0.2, 0.3, 0.4]}
+    assert handle.thresholds == [[0.5] * 4, [0.1, 0.2, 0.3, 0.4]]
+    handle.shown = None
+    assert handle.shown == [True] * 4
+    wrong = [("overlay", "errors"), ("focus", 9), ("focus", -1), ("shown", [True]), ("shown", ["tape"]), ("thresholds", {"c": [0.5] * 4})]
+    for name, value in wrong:
+        before = getattr(handle, name)
+        with pytest.raises(AoiError, match=name):
+            setattr(handle, name, value)
+        handle.error = ""
+        from_page(handle, **{name: value})
+        assert name in handle.error and getattr(handle, name) == before
+
+
+def test_a_threshold_asks_no_bank_and_leaves_the_place(scene, bank, segmenters, monkeypatch):
+    images, masks, _ = scene
+    handle = inspect(images[0], {"one": bank, "a": segmenters["a"], "two": bank}, masks[0], bank_images={"b_01": images[1]})
+    asked = []
+    neighbours = type(bank).neighbours
+    monkeypatch.setattr(type(bank), "neighbours", lambda self, *args, **options: asked.append(args) or neighbours(self, *args, **options))
+    handle.ask(12, 20)
+    assert len(asked) == 2 and [n["bank"] for n in handle.near] == ["one"] * 5 + ["two"] * 5 and len(handle.thumbs) == 10
+    handle._handle_custom_msg({"kind": "place", "key": handle.near[7]["key"], "bank": "two"}, [])
+    assert handle.error == "" and handle.place["bank"] == "two" and handle.place["key"] == handle.near[7]["key"]
+    before = handle.why
+    handle.set_threshold("wire", 0.9)
+    assert len(asked) == 2 and handle.place["bank"] == "two" and handle.why != before
+    handle.light = 1
+    assert len(asked) == 4 and handle.place["bank"] == "two"
+    handle.ask(1, 1)
+    assert handle.place is None
+
+
+def test_a_row_brings_its_truth_to_the_twin(scene, segmenters):
+    images, masks, _ = scene
+    row = {"image": images[0], "mask": masks[0], "ignore": None, "stem": "a_00"}
+    handle = inspect(row, segmenters, overlay="errors")
+    assert handle.picture()._repr_png_() == show.inspect(row, segmenters, overlay="errors", bank_images={})._repr_png_()
+
+
 def test_thresholds_are_applied_only_when_asked(scene, segmenters):
     handle = inspect(scene[0][0], segmenters, thresholds={"a": [0.1, 0.2, 0.3, 0.4]})
     assert segmenters["a"].thresholds.tolist() == [0.5] * 4

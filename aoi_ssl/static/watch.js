@@ -1,4 +1,5 @@
 // watch: a training run, live or finished: its curves, what it rebuilds, and what it finds similar as it learns.
+import { failing } from "./base.js";
 import { Source, Viewer, button, bytesOf, colourBar, draw, frame, gridCanvas, lightChoices, make, markBox, put, slider, table256, toggle, watchTraits } from "./base.js";
 
 const KEYS = [
@@ -170,4 +171,4 @@ function render({ model, el }) {
   return () => widget.close();
 }
 
-export default { render };
+export default { render: failing(render) };
