@@ -28,6 +28,7 @@ from .crops import CropStore, open_crops
 from .data import channel_count
 from .encoder import ViTEncoder, mae_config, new_vit
 from .pretrain import check_run, decay_groups, default_crop, finish_run, save_run
+from .snapshots import Snapshots
 from .train import Budget, checkpoint_beside, fit, following, parse_budget
 
 # %% ../nbs/api/10_distill.ipynb #c5e7f028
@@ -480,6 +481,7 @@ class Distilled:
     encoder: ViTEncoder  # shares its weights with the teacher
     model: Distillation
     history: pd.DataFrame  # a row a step: step, seconds, lr, loss; at each twentieth of the budget `collapse_figures`
+    snapshots: Snapshots | None = None  # the encoder on the way, where it was kept: see `runs.open_snapshots`
 
     def save(
         self,
@@ -570,6 +572,7 @@ def distill(
     overwrite: bool = False,  # replace `out` if it is not empty
     crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
     precision: str = "auto",  # see train.fit
+    snapshots: bool = True,  # keep the encoder as it was at the start and three times on the way, for `watch`
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
     on_step: Callable[[ViTEncoder, float], None] | None = None,  # told the encoder and the share of the budget spent
     progress: bool = True,  # show a bar
@@ -592,11 +595,12 @@ def distill(
     groups, lr = decay_groups(model, weight_decay=weight_decay), base_lr * total / 256
     settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,
                 "weight_decay": weight_decay, "augment": change and asdict(change), "views": str(views)} | chosen | head
+    seen = Snapshots(inner, checkpoint) if snapshots else None
     history = fit(
         model, lambda model, batch: model(batch), batches,
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget.resolve(crops.steps_per_epoch(total)), warmup=warmup, seed=seed, precision=precision, clip=3.0,
         checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
-        after_step=following(inner, on_step, _watch(model, inner, crops.batch(0, batch_size, size=crop))), label=objective)
-    result = Distilled(inner.eval(), model.eval(), history)
+        snapshots=seen, after_step=following(inner, on_step, _watch(model, inner, crops.batch(0, batch_size, size=crop))), label=objective)
+    result = Distilled(inner.eval(), model.eval(), history, seen)
     return finish_run(result, out, checkpoint, process, overwrite=overwrite)

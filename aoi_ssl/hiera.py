@@ -23,6 +23,7 @@ from .crops import CropStore, open_crops
 from .data import channel_count
 from .encoder import Encoder, quiet, sincos_positions
 from .pretrain import check_run, decay_groups, default_crop, finish_run, masked_batches, save_run, write_autoencoder
+from .snapshots import Snapshots
 from .train import Budget, checkpoint_beside, fit, following, parse_budget
 
 # %% ../nbs/api/10_hiera.ipynb #fdd0106d
@@ -176,6 +177,7 @@ class PretrainedHiera:
     encoder: HieraEncoder  # shares its weights with `mae`
     mae: HieraForPreTraining
     history: pd.DataFrame  # a row a step: step, seconds, lr, loss
+    snapshots: Snapshots | None = None  # the encoder on the way, where it was kept: see `runs.open_snapshots`
 
     def save(
         self,
@@ -207,6 +209,7 @@ def pretrain_hiera(
     overwrite: bool = False,  # replace `out` if it is not empty
     crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
     precision: str = "auto",  # see train.fit
+    snapshots: bool = True,  # keep the encoder as it was at the start and three times on the way, for `watch`
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
     on_step: Callable[[HieraEncoder, float], None] | None = None,  # told the encoder and the share of the budget spent
     progress: bool = True,  # show a bar
@@ -227,13 +230,14 @@ def pretrain_hiera(
     groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
     settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,
                 "weight_decay": weight_decay, "augment": change and asdict(change)}
+    seen = Snapshots(inner, checkpoint) if snapshots else None
     history = fit(
         mae, lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss,
         masked_batches(crops, units, process, size=crop, batch_size=batch_size, augment=change),
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget.resolve(crops.steps_per_epoch(total)), warmup=warmup, seed=seed, precision=precision,
         checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
-        after_step=following(inner, on_step), label="pre-training",
+        snapshots=seen, after_step=following(inner, on_step), label="pre-training",
     )
-    result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history)
+    result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history, seen)
     return finish_run(result, out, checkpoint, process, overwrite=overwrite)

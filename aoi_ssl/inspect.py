@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'threshold_curves', 'InspectTraits', 'Inspector', 'move_threshold', 'inspect_picture', 'inspect_truth',
-           'inspect_planes', 'inspect_scores', 'inspect_table', 'inspect_pixel', 'inspect']
+           'inspect_planes', 'inspect_scores', 'inspect_table', 'inspect_why', 'inspect_near', 'inspect']
 
 # %% ../nbs/api/20_inspect.ipynb #129104e6
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ from .canvas import ERROR_COLOURS, Picture, as_picture, checked_mask
 from .core import AoiError
 from .metrics import counts_frame, scores, threshold_counts
 from .predict import Segmenter, plain_thresholds, predict_image
-from .show import NoveltyMaps, inspected, name_segmenters, novelty_maps
-from .widgets import BankPictures, BankTraits, Planes, TraitValueError, page_module
+from .show import NoveltyMaps, check_overlay, chosen_classes, chosen_thresholds, inspected, name_segmenters, novelty_maps
+from .widgets import BankPictures, BankTraits, Planes, TraitValueError, page_module, wrong_trait
 
 # %% ../nbs/api/20_inspect.ipynb #addd96b5
 STEPS = torch.arange(101) / 100  # 0, 0.01 ... 1: the thresholds that can be chosen
@@ -51,11 +51,11 @@ class InspectTraits(BankTraits):
 
     _esm = page_module("inspect")
     segmenters = traitlets.List().tag(sync=True)
-    thresholds = traitlets.List().tag(sync=True)
+    thresholds = traitlets.TraitType([]).tag(sync=True)  # read by a validator, as `shown` is: by name or by number
     curves = traitlets.List().tag(sync=True)
-    shown = traitlets.List(traitlets.Bool()).tag(sync=True)
+    shown = traitlets.TraitType([]).tag(sync=True)
     focus = traitlets.Int(0).tag(sync=True)
-    overlay = traitlets.Enum(["mask", "errors", "probability", "novelty", "none"], "mask").tag(sync=True)
+    overlay = traitlets.Unicode("mask").tag(sync=True)
     opacity = traitlets.Float(0.3, min=0, max=1).tag(sync=True)
     has_truth = traitlets.Bool(False).tag(sync=True)
     has_novelty = traitlets.Bool(False).tag(sync=True)
@@ -65,22 +65,35 @@ class InspectTraits(BankTraits):
     error_colours = traitlets.Dict().tag(sync=True)
     pixel = traitlets.Dict(default_value=None, allow_none=True).tag(sync=True)
     why = traitlets.List().tag(sync=True)
+    _cuts: dict | None = None  # the thresholds by name, as they were checked last
 
     @traitlets.validate("thresholds")
     def _check_thresholds(self, proposal: dict) -> list[list[float]]:
-        rows = [[float(t) for t in row] for row in proposal["value"]]
-        fits = [len(r) for r in rows] == [len(self.classes)] * len(self.segmenters)
-        if not fits or not all(0 <= t <= 1 for row in rows for t in row):
-            raise TraitValueError(
-                f"thresholds={proposal['value']}; for each of {self.segmenters} a list of {len(self.classes)} numbers from 0 to "
-                "1 was expected."
-            )
-        return rows
+        value, names = proposal["value"], self.segmenters
+        old = self._cuts or {name: [0.5] * len(self.classes) for name in names}
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == len(names):
+            value = dict(zip(names, value, strict=True))
+        with wrong_trait():
+            self._cuts = chosen_thresholds(value, old)
+        return [self._cuts[name] for name in names]
 
     @traitlets.validate("overlay")
     def _check_overlay(self, proposal: dict) -> str:
         if proposal["value"] == "novelty" and not self.has_novelty:
             raise TraitValueError(" ".join(self.novelty_notes))
+        with wrong_trait():
+            check_overlay(proposal["value"], self.has_truth)
+        return proposal["value"]
+
+    @traitlets.validate("shown")
+    def _check_shown(self, proposal: dict) -> list[bool]:
+        with wrong_trait():
+            return chosen_classes(proposal["value"], self.classes)
+
+    @traitlets.validate("focus")
+    def _check_focus(self, proposal: dict) -> int:
+        if not 0 <= proposal["value"] < max(1, len(self.classes)):
+            raise TraitValueError(f"focus={proposal['value']}; the index of one of {self.classes}, counted from 0, was expected.")
         return proposal["value"]
 
     @traitlets.validate("pixel")
@@ -100,9 +113,7 @@ class Inspector(InspectTraits):
         self.truth, self.ignore, own = inspect_truth(image, truth, ignore, next(iter(named.values())).classes)
         self.probabilities = {n: predict_image(s, self.image) for n, s in named.items()}
         planes, self.novelty = inspect_planes(self)
-        banks = [s for s in named.values() if hasattr(s, "neighbours")]
-        self.bank = banks[0] if banks else None
-        self.pictures = BankPictures(self.bank, bank_images) if banks else None
+        self.banks = {n: BankPictures(s, bank_images) for n, s in named.items() if hasattr(s, "neighbours")}
         curves = [threshold_curves(p, self.truth, self.ignore) for p in self.probabilities.values()]
         colours = {n: [round(255 * v) for v in to_rgb(c)] for n, c in ERROR_COLOURS.items()}
         super().__init__(
@@ -116,13 +127,13 @@ class Inspector(InspectTraits):
             novelty_limits=self.novelty.limits,
             novelty_label=self.novelty.label,
             novelty_notes=[self.novelty.notes[n] for n in named],
-            has_bank=bool(banks),
+            has_bank=bool(self.banks),
             shown=[True] * len(own),
             **traits,
         )
-        chosen = {n: plain_thresholds(s) for n, s in named.items()} | dict(thresholds or {})
-        self.thresholds = [chosen[n] for n in named]
-        self.observe(lambda _: inspect_pixel(self), ["pixel", "thresholds", "light"])
+        self.thresholds = list(chosen_thresholds(thresholds, {n: plain_thresholds(s) for n, s in named.items()}).values())
+        self.observe(lambda _: inspect_why(self), ["pixel", "thresholds"])
+        self.observe(lambda change: inspect_near(self, keep=change["name"] == "light"), ["pixel", "light"])
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
@@ -154,6 +165,10 @@ class Inspector(InspectTraits):
         if content["kind"] == "apply":
             self.apply()
         super().on_page(content, buffers)
+
+    def pictures_of(self, row: Mapping) -> BankPictures:
+        "The bank that a neighbour is in."
+        return self.banks[row["bank"]]
 
     def picture(self) -> Picture:
         "The static twin, `show.inspect`."
@@ -256,27 +271,31 @@ def inspect_table(
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/api/20_inspect.ipynb #07c01826
-def inspect_pixel(
-    handle: Inspector,  # its `why` and its neighbours are set
+def inspect_why(
+    handle: Inspector,  # its `why` is set
 ) -> None:
-    "Answer why the chosen pixel has its label."
-    if not handle.pixel:
-        handle.why = []
-        handle.show_near(pd.DataFrame())
-        return
+    "Answer what the chosen pixel was taken for, at the thresholds as they are."
     found = []
-    for name, frame in inspect_table(handle).groupby("segmenter", sort=False):
+    for name, frame in inspect_table(handle).groupby("segmenter", sort=False) if handle.pixel else ():
         one = {"name": name, "probabilities": frame["probability"].tolist(), "thresholds": frame["threshold"].tolist()}
-        one |= {
-            n: frame[c].tolist() if c in frame else [False] * len(frame)
-            for n, c in (("truth", "truth"), ("ignored", "ignored"))
-        }
-        found.append(one)
+        found.append(one | {c: frame[c].tolist() if c in frame else [False] * len(frame) for c in ("truth", "ignored")})
     handle.why = found
-    if handle.bank is not None:
-        handle.show_near(
-            handle.bank.neighbours(handle.image, handle.pixel["y"], handle.pixel["x"], k=max(3, handle.bank.k))
-        )
+
+
+def inspect_near(
+    handle: Inspector,  # its neighbours are set
+    *,
+    keep: bool = False,  # whether the neighbour that is shown in its place stays there
+) -> None:
+    "Ask each bank for the patches that the chosen pixel was labelled by; a threshold does not change them, so moving one asks nobody."
+    near, thumbs, place = [], [], handle.place
+    for name, pictures in handle.banks.items() if handle.pixel else ():
+        table = pictures.bank.neighbours(handle.image, handle.pixel["y"], handle.pixel["x"], k=max(3, pictures.bank.k))
+        rows, pngs = pictures.near(table, handle.light)
+        near, thumbs = near + [row | {"bank": name} for row in rows], thumbs + pngs
+    with handle.hold_sync():
+        handle.near, handle.thumbs = near, thumbs
+        handle.place = place if keep else None
 
 # %% ../nbs/api/20_inspect.ipynb #113345ae
 def inspect(
@@ -306,6 +325,5 @@ def inspect(
         thresholds=thresholds,
         **look,
     )
-    if shown is not None:
-        handle.shown = [c in shown for c in handle.classes]
+    handle.shown = shown
     return handle

@@ -9,7 +9,6 @@ __all__ = ['decays', 'decay_groups', 'Reconstruction', 'Pretrained', 'save_run',
 
 # %% ../nbs/api/09_pretrain.ipynb #280c1613
 import copy
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,8 +37,9 @@ from aoi_ssl.encoder import (
     quiet,
     to_windows,
 )
+from .snapshots import Snapshots
 from .tiles import check_crops
-from .train import Budget, check_plan, checkpoint_beside, fit, following, parse_budget
+from .train import Budget, check_plan, checkpoint_beside, fit, following, forget_unfinished, parse_budget
 from .weights import resolve_encoder, write_packed
 
 # %% ../nbs/api/09_pretrain.ipynb #090b79ff
@@ -82,6 +82,7 @@ class Pretrained:
     encoder: ViTEncoder  # shares its weights with `mae`
     mae: ViTMAEForPreTraining
     history: pd.DataFrame  # a row a step: step, seconds, lr, loss, and validation_loss where there was one
+    snapshots: Snapshots | None = None  # the encoder on the way, where it was kept: see `runs.open_snapshots`
 
     def save(
         self,
@@ -158,7 +159,7 @@ def load_pretrained(
     with quiet():
         mae = open_vit(folder, ViTMAEForPreTraining)
     encoder.vit = mae.vit
-    return Pretrained(encoder, mae, pd.read_csv(folder / "history.csv"))
+    return Pretrained(encoder, mae, pd.read_csv(folder / "history.csv"), Snapshots.found(folder / "snapshots"))
 
 # %% ../nbs/api/09_pretrain.ipynb #89e276c6
 def visible_statistics(
@@ -289,11 +290,12 @@ def finish_run(
     *,
     overwrite: bool,  # replace `out`
 ):  # the result
-    "Save a result, and remove the checkpoint and the pixels that were kept beside it."
+    "Save a result, and its snapshots with it, and remove what was kept beside it on the way."
     if out is not None and process.is_main_process:
         result.save(out, overwrite=overwrite)
-        checkpoint.unlink(missing_ok=True)
-        shutil.rmtree(checkpoint.with_suffix(".crops"), ignore_errors=True)
+        if result.snapshots is not None:
+            result.snapshots.settle(Path(out) / "snapshots")
+        forget_unfinished(checkpoint)
     return result
 
 
@@ -385,6 +387,7 @@ def pretrain(
     crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
     start_from: str | Path | None = None,  # go on from a folder or "aoi-mae-small"; its `encoder`, `patch_size` and `decoder_width` count
     precision: str = "auto",  # see train.fit
+    snapshots: bool = True,  # keep the encoder as it was at the start and three times on the way, for `watch`
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
     on_step: Callable[[ViTEncoder, float], None] | None = None,  # told the encoder and the share of the budget spent
     progress: bool = True,  # show a bar, and what to expect
@@ -401,14 +404,13 @@ def pretrain(
     check_run(dataset, validation=validation, patience=patience, **plan)
     crops = open_crops(dataset, crops, process, cell=crop, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     mae, inner = _learner(config, crops, old, start_from, seed, process.device)
-    change = Augment() if augment is True else augment or None
-    total = batch_size * process.num_processes
+    change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
     groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
     settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,
                 "weight_decay": weight_decay, "augment": change and asdict(change), "start_from": str(start_from)}
     loss = lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss
     batch = masked_batches(crops, inner, process, size=crop, batch_size=batch_size, augment=change)
-    budget = budget.resolve(crops.steps_per_epoch(total))
+    budget, seen = budget.resolve(crops.steps_per_epoch(total)), Snapshots(inner, checkpoint) if snapshots else None
     if progress and process.is_main_process:
         sizes = {"images": total, "epoch": crops.steps_per_epoch(total)}
         print(f"{crops}. {expectation(mae, loss, batch, budget=budget, **sizes, device=process.device)}")
@@ -416,8 +418,8 @@ def pretrain(
         mae, loss, batch, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
         budget=budget, warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
         validate=None if validation is None else _validation(validation, inner, crop, batch_size),
-        after_step=following(inner, on_step), patience=patience, report_to=report_to, images=total, progress=progress,
+        snapshots=seen, after_step=following(inner, on_step), patience=patience, report_to=report_to, images=total, progress=progress,
         label="pre-training",
     )
-    result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history)
+    result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history, seen)
     return finish_run(result, out, checkpoint, process, overwrite=overwrite)

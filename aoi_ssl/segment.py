@@ -31,7 +31,8 @@ from .metrics import threshold_counts
 from .predict import Segmenter, judged_rows
 from .pretrain import decays, default_crop
 from .tiles import CropSampler, windows
-from .train import Budget, check_plan, checkpoint_beside, fit, following, parse_budget
+from .snapshots import Snapshots
+from .train import Budget, check_plan, checkpoint_beside, fit, following, forget_unfinished, parse_budget
 
 # %% ../nbs/api/16_segment.ipynb #cac2ac25
 def _upernet_parts() -> tuple[type[nn.Module], type[nn.Module]]:  # the classes BeitFPNNeck and UperNetHead
@@ -99,7 +100,7 @@ class _Network(Segmenter):
         super().__init__(classes, encoder.channels)
         depth, width = len(encoder.vit.layers), encoder.vit.config.hidden_size
         self.blocks = [max(1, depth - back) for back in (3, 2, 1, 0)]
-        self.encoder, self.hidden, self.history = encoder, hidden, pd.DataFrame()
+        self.encoder, self.hidden, self.history, self.snapshots = encoder, hidden, pd.DataFrame(), None
         self.decoder = UperHead(width, len(self.classes), hidden=hidden)
         self.eval()
 
@@ -179,6 +180,7 @@ def _read_upernet(cls: type[UperNet], folder: Path, manifest: dict) -> UperNet:
         ) from e
     if (folder / "history.csv").is_file():
         model.history = pd.read_csv(folder / "history.csv")
+    model.snapshots = Snapshots.found(folder / "snapshots")
     return model
 
 # %% ../nbs/api/16_segment.ipynb #f85329e9
@@ -311,12 +313,14 @@ def _batch_loss(model: nn.Module, batch: dict) -> Tensor:
 
 
 def _finish(model: UperNet, calibration, out, checkpoint: Path | None, *, overwrite: bool, main: bool) -> UperNet:
-    "Choose thresholds, save, and remove the checkpoint: all in the main process, which tells the others its thresholds."
+    "Choose thresholds, save, and remove what was kept on the way: all in the main process, which tells the others its thresholds."
     if main and calibration is not None:
         model.calibrate(calibration)
     if main and out is not None:
         model.save(out, overwrite=overwrite)
-        checkpoint.unlink(missing_ok=True)
+        if model.snapshots is not None:
+            model.snapshots.settle(Path(out) / "snapshots")
+        forget_unfinished(checkpoint)
     thresholds = [model.thresholds.tolist()]
     broadcast_object_list(thresholds)
     model.thresholds = torch.tensor(thresholds[0]).to(model.thresholds)
@@ -347,6 +351,7 @@ def finetune(
     resume: bool = False,  # go on with an unfinished run
     overwrite: bool = False,  # replace `out` if it is not empty
     precision: str = "auto",  # see train.fit
+    snapshots: bool = True,  # keep the encoder as it was at the start and three times on the way, for `watch`
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
     on_step: Callable[[UperNet, float], None] | None = None,  # told the segmenter and the share of the budget spent
     progress: bool = True,  # show a bar
@@ -362,11 +367,12 @@ def finetune(
     rates, validate, total = dict(lr=lr, layer_decay=layer_decay, weight_decay=weight_decay), None, batch_size * process.num_processes
     if validation is not None:
         validate = validator(validation.select(judged_rows(model, validation)), most=validation_windows)
+    model.snapshots = Snapshots(model.encoder, checkpoint) if snapshots else None
     model.history = fit(
         model, _batch_loss, batch, torch.optim.AdamW(parameter_groups(model, **rates)), budget=budget.resolve(epoch),
         checkpoint=checkpoint, resume=resume, seed=seed, warmup=warmup, validate=validate, validations=validations,
         patience=patience, precision=precision, report_to=report_to, after_step=following(model, on_step), images=total,
-        progress=progress, label="fine-tuning",
+        snapshots=model.snapshots, progress=progress, label="fine-tuning",
         settings={k: str(v) for k, v in (plan | rates).items()} | {"images": len(dataset), "encoder": encoder.fingerprint()},
     )
     calibration = validation if calibration is None else calibration

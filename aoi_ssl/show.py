@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['similarity', 'neighbours', 'reconstruction', 'curves', 'score_chart', 'image_of', 'bank_image', 'upright_masks',
-           'thumbnail', 'explore', 'scale_limits', 'explored', 'inspect', 'name_segmenters', 'novelty_note',
-           'novelty_of', 'NoveltyMaps', 'novelty_maps', 'inspected', 'teach', 'taught_classes', 'labels_in', 'taught',
-           'watch', 'watched', 'Picture', 'PALETTE', 'ERROR_COLOURS', 'class_colour', 'false_colour', 'lights',
-           'gallery', 'overlay', 'compare', 'errors']
+           'thumbnail', 'explore', 'scale_limits', 'explored', 'inspect', 'name_segmenters', 'chosen_classes',
+           'chosen_thresholds', 'plain_numbers', 'novelty_note', 'novelty_of', 'NoveltyMaps', 'novelty_maps',
+           'inspected', 'check_overlay', 'teach', 'taught_classes', 'labels_in', 'taught', 'watch', 'held_pixel',
+           'limits_over_time', 'watched', 'Picture', 'PALETTE', 'ERROR_COLOURS', 'class_colour', 'false_colour',
+           'lights', 'gallery', 'overlay', 'compare', 'errors']
 
 # %% ../nbs/api/17_show.ipynb #e5a19f04
 import math
@@ -35,8 +36,9 @@ from .data import ImageList, class_names, native_item
 from .files import to_unit
 from .predict import plain_thresholds, predict_image, to_mask
 from .recall import patch_masks
-from .similar import as_held, check_same_encoder, feature_grids, held_query, neighbours_of_held, pca_colours, plain_keys
-from .similar import similarity_map, why_not_searched
+from .runs import as_pretrained, first_of, read_runs
+from .similar import as_held, check_same_encoder, feature_grids, grids_over_time, held_query, maps_over_time
+from .similar import neighbours_of_held, pca_colours, plain_keys, similarity_map, why_not_searched
 from .views import compare, errors, gallery, lights, overlay
 
 # %% ../nbs/api/17_show.ipynb #684cac50
@@ -64,12 +66,13 @@ def _heat(
     return ground * (1 - strength) + colormaps[colours](share)[..., :3] * strength
 
 
-def _colour_bar(figure: Figure, limits: tuple[float, float], label: str, *, colours: str = "viridis") -> None:
+def _colour_bar(figure: Figure, limits: tuple[float, float], label: str, *, colours: str = "viridis", ends: tuple | None = None) -> None:
     "A horizontal colour scale with its ends, along the lower edge."
     wide = min(220, figure.get_size_inches()[0] * DPI - 2 * EDGE)
     axes = empty_panel(figure, EDGE, EDGE + 18, wide, 10)
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=colours, aspect="auto", extent=(*limits, 0, 1))
-    axes.set_xticks(limits, [f"{v:.2f}".replace("-", "\N{MINUS SIGN}") for v in limits], fontsize=9, color=INK)
+    ends = ends or [f"{v:.2f}".replace("-", "\N{MINUS SIGN}") for v in limits]
+    axes.set_xticks(limits, ends, fontsize=9, color=INK)
     axes.tick_params(length=0)
     for text, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
         text.set_horizontalalignment(side)
@@ -527,7 +530,7 @@ def _neighbour_strip(
 
 # %% ../nbs/api/17_show.ipynb #6edb98e4
 def inspect(
-    image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
+    image: Tensor | np.ndarray | Mapping,  # (C, H, W) in [0, 1]; or a row of a dataset, which brings its truth along
     segmenters: object,  # a Segmenter, or a mapping name -> Segmenter
     truth: Tensor | np.ndarray | None = None,  # (K, H, W) bool
     *,
@@ -538,12 +541,15 @@ def inspect(
     opacity: float = 0.3,  # strength of the colours, 0 to 1
     light: int | str = 0,  # what lies under: a light's index, "mean" or "colour"
     stretch: bool = False,  # brighten a dark image
+    bank_images: object = None,  # where the bank's images are; the widget shows neighbours in them, a figure has none
     width: float = 9.0,  # inches
 ) -> Picture:  # the figure
     "What the widget `inspect` shows. Raises `AoiError` for what does not fit."
-    named = name_segmenters(segmenters)
-    found = {n: predict_image(s, torch.as_tensor(checked_image(image))).numpy() for n, s in named.items()}
-    own = {n: plain_thresholds(s) for n, s in named.items()} | dict(thresholds or {})
+    if isinstance(image, Mapping) and truth is None:
+        truth, ignore = image.get("mask"), image.get("ignore")
+    named, image = name_segmenters(segmenters), as_picture(image, "image")[1]
+    found = {n: predict_image(s, torch.as_tensor(image)).numpy() for n, s in named.items()}
+    own = chosen_thresholds(thresholds, {n: plain_thresholds(s) for n, s in named.items()})
     novelty = novelty_maps(named, image) if overlay == "novelty" else None
     classes = next(iter(named.values())).classes
     look = {"shown": shown, "overlay": overlay, "opacity": opacity, "light": light, "stretch": stretch, "width": width}
@@ -557,6 +563,10 @@ def name_segmenters(
     named = (
         dict(segmenters) if isinstance(segmenters, Mapping) else {getattr(segmenters, "kind", "segmenter"): segmenters}
     )
+    wrong = [f"{n}: {type(s).__name__} {s!r}"[:80] for n, s in named.items() if not (hasattr(s, "predict") and hasattr(s, "classes"))]
+    if wrong:
+        raise AoiError(f"{'; '.join(wrong)} is no segmenter; a Segmenter, or a mapping from names to Segmenters, was expected: "
+                       "{'bank': bank, 'network': network}. Open a folder with aoi_ssl.Segmenter.load(folder).")  # fmt: skip
     classes = {n: list(s.classes) for n, s in named.items()}
     if not named or len({tuple(c) for c in classes.values()}) > 1:
         raise AoiError(
@@ -564,6 +574,45 @@ def name_segmenters(
             "expected. Look at them one by one."
         )
     return named
+
+# %% ../nbs/api/17_show.ipynb #ec09f550
+def chosen_classes(
+    shown: Sequence | None,  # names, or True and False for each class; None: all
+    classes: Sequence[str],  # K names
+) -> list[bool]:  # K
+    "Which classes are shown. Raises `AoiError` for a class that there is not."
+    if shown is None:
+        return [True] * len(classes)
+    if not isinstance(shown, str) and isinstance(shown, Sequence):
+        if len(shown) == len(classes) and all(isinstance(on, bool) for on in shown):
+            return list(shown)
+        if all(isinstance(name, str) and name in classes for name in shown):
+            return [name in shown for name in classes]
+    raise AoiError(f"shown={shown!r}; a list of names out of {list(classes)} was expected, or True or False for each of these.")
+
+
+def chosen_thresholds(
+    thresholds: Mapping[str, Sequence[float]] | None,  # name -> one for each class
+    own: Mapping[str, Sequence[float]],  # name -> those that hold where none are given
+) -> dict[str, list[float]]:  # name -> one for each class, for all segmenters
+    "Thresholds of all segmenters. Raises `AoiError` for a segmenter that there is not, and for what is no threshold."
+    count = len(next(iter(own.values())))
+    fits = thresholds is None or (isinstance(thresholds, Mapping) and set(thresholds) <= set(own))
+    rows = {n: plain_numbers(row) for n, row in ({**own, **(thresholds or {})} if fits else own).items()}
+    if not fits or not all(len(row) == count and all(0 <= t <= 1 for t in row) for row in rows.values()):
+        raise AoiError(f"thresholds={thresholds!r}; for each of {list(own)}, or for some of them by name, a list of {count} numbers "
+                       "from 0 to 1 was expected.")
+    return rows
+
+
+def plain_numbers(
+    row: object,  # numbers, perhaps
+) -> list[float]:  # the same; empty if it is no row of numbers
+    "A row of numbers as a list."
+    try:
+        return [float(v) for v in row]
+    except (TypeError, ValueError):
+        return []
 
 # %% ../nbs/api/17_show.ipynb #7d3ccea9
 def novelty_note(
@@ -631,17 +680,8 @@ def inspected(
     width: float = 9.0,  # inches
 ) -> Picture:  # the figure
     "Draw what was predicted already. Raises `AoiError` for an overlay or a class that there is not."
-    kept = [c for c in classes if shown is None or c in shown]
-    unknown = [c for c in shown or () if c not in classes]
-    if (
-        overlay not in ("mask", "errors", "probability", "novelty", "none")
-        or unknown
-        or (overlay == "errors" and truth is None)
-    ):
-        raise AoiError(
-            f"overlay={overlay!r}, shown={shown}; mask, errors (with a truth), probability, novelty or none, and classes of "
-            f"{list(classes)} were expected."
-        )
+    kept = [c for c, on in zip(classes, chosen_classes(shown, classes), strict=True) if on]
+    check_overlay(overlay, truth is not None)
     at = [list(classes).index(c) for c in kept]
     masks = {n: p[at] > np.asarray(thresholds[n], np.float32)[at, None, None] for n, p in probabilities.items()}
     truth, ignore = (None if m is None else as_array(m)[at] for m in (truth, ignore))
@@ -658,6 +698,17 @@ def inspected(
     maps = NoveltyMaps({n: p[at].max(0) for n, p in probabilities.items()}, [0.0, 1.0], {}, overlay)
     maps = novelty if overlay == "novelty" else maps
     return _heat_maps(image, maps, overlay, alpha=min(1.0, opacity + 0.35), **how)
+
+
+def check_overlay(
+    overlay: str,  # what is to be laid over an image
+    has_truth: bool,  # whether there is a truth
+) -> None:
+    "Raise `AoiError` for an overlay that there is not, and for errors without a truth."
+    if overlay not in ("mask", "errors", "probability", "novelty", "none"):
+        raise AoiError(f"overlay={overlay!r}; 'mask', 'errors', 'probability', 'novelty' or 'none' was expected.")
+    if overlay == "errors" and not has_truth:
+        raise AoiError("overlay='errors' needs a truth to compare with. Pass truth, or choose 'mask', 'probability' or 'none'.")
 
 
 def _heat_maps(image, found: NoveltyMaps, what: str, *, alpha: float, light, stretch: bool, width: float) -> Picture:
@@ -777,31 +828,62 @@ def taught(
 
 # %% ../nbs/api/17_show.ipynb #92f2a792
 def watch(
-    run: object,  # what `pretrain` or `finetune` gave, a history, or name -> these
-    image: Tensor | np.ndarray | None = None,  # (C, H, W) in [0, 1], to rebuild and to compare patches of
+    run: object,  # what a training verb gave, a folder that it writes, a checkpoint, a history; or name -> these
+    image: Tensor | np.ndarray | Mapping | None = None,  # (C, H, W) in [0, 1], or a row of a dataset, to rebuild and to compare patches of
     *,
-    snapshots: Mapping[str, object] | None = None,  # name -> Encoder, in the order of time
+    snapshots: Mapping[str, object] | None = None,  # name -> Encoder, in the order of time; None: those that the run kept
     held: Sequence[int] | None = None,  # (y, x) of the patch that is followed over time
     mask_ratio: float = 0.7,  # share of the patches to hide
     seed: int = 0,  # of the choice which
     log: bool = False,  # logarithmic curves
+    every: float = 2.0,  # seconds between two looks of the widget; a figure looks once
     light: int | str = 0,  # which light is shown: its index, "mean" or "colour"
     width: float = 9.0,  # inches
 ) -> Picture:  # the figure
     "What the widget `watch` shows. Raises `AoiError` for what does not fit."
-    runs = dict(run) if isinstance(run, Mapping) else {"": run}
-    histories = {name: getattr(one, "history", one) for name, one in runs.items()}
-    models = [one for one in runs.values() if hasattr(one, "reconstruct")]
-    pixels = None if image is None else torch.as_tensor(checked_image(image))
-    rebuilt = models[0].reconstruct(pixels[None], mask_ratio, seed=seed) if models and pixels is not None else None
-    maps, patch = {}, 16
-    for name, encoder in (snapshots or {}).items() if held is not None and image is not None else ():
-        patch = encoder.patch_size
-        grid = feature_grids([image], encoder)[0][0]
-        maps[name] = similarity_map(grid, grid[tuple(int(n) // patch for n in held)]).numpy()
+    runs = read_runs(run)
+    histories, (model, encoders) = {name: one.history for name, one in runs.items()}, first_of(runs)
+    pixels = None if image is None else as_picture(image, "image")[1]
+    encoders = {} if pixels is None else encoders if snapshots is None else snapshots
+    grids, patch = grids_over_time(pixels, encoders), next((e.patch_size for e in encoders.values()), 16)
+    held = None if held is None else held_pixel(held, None if pixels is None else pixels.shape[1:])
+    maps = maps_over_time(grids, held and (held[0] // patch, held[1] // patch))
+    pixels = None if pixels is None else torch.from_numpy(pixels)
+    rebuilt = None if model is None or pixels is None else as_pretrained(model, pixels).reconstruct(pixels[None], mask_ratio, seed=seed)
     return watched(histories, rebuilt, pixels, maps, held, patch=patch, log=log, light=light, width=width)
 
 # %% ../nbs/api/17_show.ipynb #7095bfce
+def _no_step_yet(width: float) -> Picture:
+    "What stands where the curves will be."
+    figure = Picture((width, 0.4), dpi=DPI, facecolor=PAPER)
+    figure.alt = "No step has been taken yet."
+    write_text(figure, EDGE, EDGE, figure.alt)
+    return figure
+
+
+def held_pixel(
+    held: Sequence[int],  # (y, x)
+    shape: tuple[int, int] | None,  # height and width of the image; None: there is none
+) -> list[int]:  # the same
+    "Raise `AoiError` for what is no pixel of the image."
+    if shape is None:
+        raise AoiError(f"held={held!r} is a patch of an image, and there is none. Pass image.")
+    fits = isinstance(held, Sequence) and len(held) == 2 and all(isinstance(n, int | np.integer) for n in held)
+    if not fits or not all(0 <= n < s for n, s in zip(held, shape, strict=True)):
+        raise AoiError(f"held={held!r}; a pixel (y, x) of the image of {shape[0]} x {shape[1]} pixels was expected. Count from 0.")
+    return [int(n) for n in held]
+
+
+def limits_over_time(
+    maps: Mapping[str, np.ndarray],  # name -> (h, w) cosines to one patch
+    held: Sequence[int] | None,  # (y, x) of that patch, pixels
+    patch: int,  # its side, pixels
+) -> list[list[float]]:  # ends of the colour scale of each map
+    "See `scale_limits`; each encoder has a scale of its own, because cosines of two encoders cannot be compared."
+    one = [] if held is None else [{"image": 0, "row": held[0] // patch, "column": held[1] // patch}]
+    return [list(scale_limits([m], one)) for m in maps.values()]
+
+
 def watched(
     histories: Mapping[str, pd.DataFrame],  # name -> history
     rebuilt: object = None,  # a `pretrain.Reconstruction` of one image, if there is one
@@ -815,7 +897,8 @@ def watched(
     width: float = 9.0,  # inches
 ) -> Picture:  # the figure
     "Draw what is known of a run; without an image its curves alone."
-    drawn = curves(histories if list(histories) != [""] else histories[""], log=log, width=width)
+    begun = {name: history for name, history in histories.items() if len(history)}
+    drawn = curves(begun, log=log, width=width) if begun else _no_step_yet(width)
     if image is None or (rebuilt is None and not maps):
         return drawn
     image, maps = checked_image(image), dict(maps or {})
@@ -824,19 +907,21 @@ def watched(
         if rebuilt is None
         else [rebuilt.image[0], torch.where(rebuilt.hidden, 0.5, rebuilt.image)[0], rebuilt.rebuilt[0]]
     )
-    heads = ["image", "seen", "rebuilt"][: len(parts)] + [f"similarity, {name}" for name in maps]
+    ends = limits_over_time(maps, held, patch)
+    heads = ["image", "seen", "rebuilt"][: len(parts)]
+    heads += [f"{n}: cosine {low:.2f} to {high:.2f}".replace(" -", " \N{MINUS SIGN}") for n, (low, high) in zip(maps, ends, strict=True)]
     high = round(drawn.get_size_inches()[1] * DPI * 0.75)
     words = f"{drawn.alt} Below: {', '.join(heads)}."
     figure, axes, size = lay_out(heads, 3, image.shape[1:], width=width, strip=high + 36 * bool(maps), alt=words)
     grounds = [ground_of(checked_image(p), light, size) for p in parts]
-    for values in maps.values():
+    for values, limits in zip(maps.values(), ends, strict=True):
         grounds.append(
             _heat(
                 ground_of(image, light, size),
                 values,
                 patch,
                 image.shape[1:],
-                limits=(0, 1),
+                limits=tuple(limits),
                 threshold=None,
                 alpha=0.65,
             )
@@ -848,7 +933,7 @@ def watched(
     for panel, ground in zip(axes, grounds, strict=True):
         fill_panel(panel, ground)
     if maps:
-        _colour_bar(figure, (0.0, 1.0), "cosine similarity to the held patch")
+        _colour_bar(figure, (0.0, 1.0), "similarity to the held patch, on the scale of each map", ends=("low", "high"))
     picture = np.asarray(Image.open(BytesIO(drawn._repr_png_())).convert("RGB"))
     wide = min(round(width * DPI) - 2 * EDGE, round(high * picture.shape[1] / picture.shape[0]))
     place = empty_panel(figure, EDGE, EDGE + 36 * bool(maps), wide, round(wide * picture.shape[0] / picture.shape[1]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPACES', 'similarity_map', 'layer_encoder', 'encoder_layers', 'whitening', 'feature_grids', 'to_space', 'as_held',
            'held_query', 'pca_colours', 'plain_keys', 'check_same_encoder', 'bank_neighbours', 'bank_grid',
-           'neighbours_of_held', 'why_not_searched']
+           'neighbours_of_held', 'why_not_searched', 'maps_over_time', 'grids_over_time']
 
 # %% ../nbs/api/16_similar.ipynb #691d7174
 import copy
@@ -240,3 +240,24 @@ def why_not_searched(
     if layer is not None and plain_keys(bank, encoder) is not None:
         return f"The bank's keys are not those of block {layer} alone. Set layer to None to search it."
     return ""
+
+# %% ../nbs/api/16_similar.ipynb #39af566a
+def maps_over_time(
+    grids: Mapping[str, Tensor],  # name -> (h, w, D), the embeddings of one image
+    held: tuple[int, int] | None,  # row and column of the patch, in patches; None: none is held
+) -> dict[str, np.ndarray]:  # name -> (h, w) cosines
+    "What each encoder finds similar to the held patch."
+    return {} if held is None else {name: similarity_map(g, g[tuple(held)]).numpy() for name, g in grids.items()}
+
+
+def grids_over_time(
+    image: np.ndarray,  # (C, H, W) in [0, 1]
+    encoders: Mapping[str, object],  # name -> Encoder, of one patch size
+) -> dict[str, Tensor]:  # name -> (h, w, D)
+    "Embed one image with each encoder. Raises `AoiError` if their patches differ, or what is given is no encoder."
+    wrong = [f"{name}: {type(e).__name__}" for name, e in encoders.items() if not hasattr(e, "patch_size")]
+    sizes = {e.patch_size for e in encoders.values() if hasattr(e, "patch_size")}
+    if wrong or len(sizes) > 1:
+        what = ", ".join(wrong) or f"patches of {sorted(sizes)} pixels"
+        raise AoiError(f"snapshots hold {what}; a mapping from names to Encoders of one patch size was expected.")
+    return {name: feature_grids([image], encoder)[0][0] for name, encoder in encoders.items()}

@@ -353,15 +353,19 @@ class BankTraits(Handle):
         with self.hold_sync():
             self.bank_note, self.near, self.thumbs, self.place = note, near, thumbs, None
 
+    def pictures_of(self, row: Mapping) -> BankPictures:
+        "The bank that a neighbour is in."
+        return self.pictures
+
     def on_page(self, content: dict, buffers: list) -> None:
         "Show a neighbour in its place."
         if content["kind"] == "place":
-            row = next((r for r in self.near if r["key"] == content["key"]), None)
+            row = next((r for r in self.near if (r["key"], r.get("bank")) == (content["key"], content.get("bank"))), None)
             if row is None:
                 raise AoiError(f"Patch {content['key']} is no neighbour any more. Choose one of those shown.")
-            self._planes["place_0"], place = self.pictures.place(row)
+            self._planes["place_0"], place = self.pictures_of(row).place(row)
             with self.hold_sync():
                 self.place_sources, self.place_overviews = (
                     [f()] for f in (self._planes["place_0"].meta, self._planes["place_0"].overview)
                 )
-                self.place = place
+                self.place = place | ({"bank": row["bank"]} if "bank" in row else {})

@@ -428,8 +428,28 @@ def test_inspect(bench):
     b.page.mouse.click(*b.at(y, x))
     answer = b.ask(until=lambda a: a["near"])
     assert abs(answer["pixel"]["y"] - y) <= 1 and len(answer["why"]) == 2 and answer["error"] == ""
+    assert b.page.locator(".aoi-bank").all_inner_texts() == ["Remembered by 16 px", "Remembered by 8 px"]
+    b.page.set_viewport_size({"width": 1280, "height": 800})  # the answer is where the eye is: below the pictures, on the same screen
+    b.page.locator(".aoi-views canvas").first.scroll_into_view_if_needed()
+    b.settle()
+    b.shoot("inspect-answer")
+    under = b.page.locator(".aoi-views").first.bounding_box()
+    for part in (".aoi-answer table", ".aoi-near button"):
+        box = b.page.locator(part).first.bounding_box()
+        assert 0 <= box["y"] - under["y"] - under["height"] < 120 and box["height"] > 20
+    b.page.set_viewport_size({"width": 1280, "height": 1400})
     b.page.locator(".aoi-near button").first.click()
-    b.page.locator(".aoi-views figure .aoi-legend").first.wait_for()
+    b.page.locator(".aoi-answer figure .aoi-legend").first.wait_for()
+    slider.fill("0.6")  # a threshold moves nothing but the mask
+    answer = b.ask(until=lambda a: a["thresholds"][0][3] == 0.6)
+    assert answer["place"]["bank"] == "16 px" and b.page.locator(".aoi-answer figure .aoi-legend").is_visible()
+    slider.fill("0.5")
+    b.js("w.paint = () => { throw new Error('no brush'); }; w.refresh(); return 0;")  # what fails in the page is told in Python
+    assert "no brush" in b.ask(until=lambda a: a["error"])["error"]
+    b.page.locator(".aoi-error", has_text="no brush").wait_for()
+    b.js("delete w.paint; w.refresh(); return 0;")
+    b.page.get_by_role("button", name="Dismiss the error").click()
+    b.ask(until=lambda a: not a["error"])
     b.page.locator(".aoi-views canvas").first.focus()
     for _ in range(5):
         b.page.keyboard.press("+")
@@ -731,6 +751,7 @@ history = pd.DataFrame({"step": steps, "seconds": steps * 0.2, "lr": 1e-3, "loss
 history.loc[99::100, "validation_loss"] = 0.45 + np.exp(-steps[99::100] / 300)
 history.loc[99::100, "validation_score"] = 0.8 - np.exp(-steps[99::100] / 300)
 run = Pretrained(ViTEncoder(mae.vit, mean=image.mean((1, 2)), std=image.std((1, 2))), mae, history)
+
 handle = watch(run, image, held=(256, 256))
 handle
 """

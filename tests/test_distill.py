@@ -410,7 +410,7 @@ def test_the_result_is_the_teachers_encoder_with_the_statistics_of_the_images(im
     x = torch.rand(1, 2, 80, 70)
     assert torch.equal(Encoder.from_pretrained(tmp_path / "encoder").encode(x), result.encoder.encode(x))
     files = sorted(p.name for p in (tmp_path / "encoder").iterdir() if not p.name.startswith("."))
-    assert files == ["config.json", "encoder.json", "history.csv", "model.safetensors"]
+    assert files == ["config.json", "encoder.json", "history.csv", "model.safetensors", "snapshots"]
     more = pretrain(
         images, encoder="nano", crop=64, batch_size=2, budget="1 steps", progress=False, start_from=tmp_path / "encoder"
     )

@@ -207,7 +207,7 @@ def test_the_folder_opens_everywhere(trained):
     with quiet():
         theirs = ViTMAEForPreTraining.from_pretrained(out)
     files = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
-    assert files == ["config.json", "encoder.json", "history.csv", "model.safetensors"]
+    assert files == ["config.json", "encoder.json", "history.csv", "model.safetensors", "snapshots"]
     for one in encoder, again.encoder:
         assert torch.equal(one.encode(x), result.encoder.encode(x))
     assert again.encoder.vit is again.mae.vit and theirs.config.mask_ratio == 0.7 and theirs.config.norm_pix_loss
@@ -485,3 +485,37 @@ def test_on_step_is_told_the_encoder_as_it_is(images):
     result = pretrain(images, **SMALL, budget="3 steps", on_step=lambda encoder, spent: told.append((encoder.fingerprint(), spent)))
     assert [spent for _, spent in told] == [pytest.approx(n / 3) for n in (1, 2, 3)]
     assert len({name for name, _ in told}) == 3 and told[-1][0] == result.encoder.fingerprint()
+
+
+def test_the_encoder_on_the_way_is_kept_also_by_a_run_that_was_killed(images, tmp_path):
+    "The start and three more, in the folder; those of a resumed run are those of an unbroken one; nothing is left beside."
+    from aoi_ssl.runs import open_snapshots
+
+    def press(encoder, spent):
+        if spent == 0.5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = pretrain(images, tmp_path / "whole", budget="16 steps", **SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(images, tmp_path / "stopped", budget="16 steps", on_step=press, **SMALL)
+    later = tmp_path / "stopped.snapshots" / "step_12.safetensors"  # taken after the checkpoint, before a power failure
+    later.write_bytes(b"half of it")
+    stopped = pretrain(images, tmp_path / "stopped", budget="16 steps", resume=True, **SMALL)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["stopped", "whole"]
+    one, other = (open_snapshots(run.snapshots) for run in (whole, stopped))
+    assert list(one) == list(other) == ["start", "step 1", "step 4", "step 8"]
+    assert all(one[n].fingerprint() == other[n].fingerprint() for n in one)
+    assert len({e.fingerprint() for e in one.values()} | {whole.encoder.fingerprint()}) == 5
+    again = load_pretrained(tmp_path / "whole").snapshots
+    assert [e.fingerprint() for e in open_snapshots(again).values()] == [e.fingerprint() for e in one.values()]
+    assert pretrain(images, tmp_path / "none", budget="2 steps", snapshots=False, **SMALL).snapshots is None
+    assert not (tmp_path / "none" / "snapshots").exists()
+
+
+def test_the_first_snapshot_of_a_continued_encoder_is_that_encoder(images, tmp_path):
+    from aoi_ssl.runs import open_snapshots
+
+    first = pretrain(images, tmp_path / "first", budget="3 steps", **SMALL)
+    second = pretrain(images, budget="2 steps", start_from=tmp_path / "first", **SMALL)
+    picture = images[0]["image"][None]
+    assert torch.allclose(open_snapshots(second.snapshots)["start"].encode(picture), first.encoder.encode(picture), atol=1e-5)

@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space"):
         fit(model, loss, batch, optimizer, budget="5 steps", checkpoint=file, progress=False)
-    assert file.read_bytes() == before and os.listdir(tmp_path) == ["run.checkpoint"]
+    assert file.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["run.checkpoint", "run.history.jsonl"]
 
 
 def test_the_schedule_anneals_to_the_end_of_a_wall_clock_budget():
@@ -307,3 +307,17 @@ def test_after_step_follows_every_step_and_its_figures_are_in_the_history():
     assert [spent for spent, _ in seen] == [0.25, 0.5, 0.75, 1.0]
     assert len({weight for _, weight in seen}) == 4 and seen[-1][1] == model[0].weight[0, 0].item()
     assert history.figure.isna().tolist() == [True, False, True, True] and history.figure[1] == 7
+
+
+def test_the_history_is_told_from_the_first_step_on_and_the_first_checkpoint_comes_soon(tmp_path):
+    from aoi_ssl.train import journal_beside, read_journal
+
+    model, optimizer = start()
+    file, seen = tmp_path / "run.checkpoint", []
+
+    def look(spent):
+        seen.append((len(read_journal(journal_beside(file))) if journal_beside(file).exists() else 0, file.exists()))
+
+    whole = fit(model, loss, batch, optimizer, budget="0.6s", checkpoint=file, after_step=look, save_every=0.2, progress=False)
+    assert seen[0] == (0, False) and seen[1] == (1, False) and seen[-1][1]
+    assert read_journal(journal_beside(file)).loss.equals(whole.loss)

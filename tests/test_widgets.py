@@ -346,6 +346,73 @@ def test_inspect_says_what_does_not_fit(scene, segmenters):
     assert handle.error == ""
 
 
+WRONG = {
+    "no segmenters": ({"segmenters": [1, 2]}, "no segmenter"),
+    "a path": ({"segmenters": "runs/bank"}, "Segmenter.load"),
+    "errors without a truth": ({"overlay": "errors"}, "needs a truth"),
+    "no overlay": ({"overlay": "heat"}, "heat"),
+    "no class": ({"shown": ["wires"]}, "wires.*wire"),
+    "a name for a list": ({"shown": "wire"}, "shown='wire'"),
+    "too few": ({"shown": [True]}, "shown="),
+    "no such segmenter": ({"thresholds": {"nope": [0.5] * 4}}, "nope.*'a'"),
+    "too few thresholds": ({"thresholds": {"a": [0.5]}}, "4 numbers"),
+    "no number": ({"thresholds": {"a": "high"}}, "4 numbers"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_inspect_and_its_twin_refuse_the_same(scene, segmenters, case):
+    options, match = WRONG[case]
+    for look in (inspect, show.inspect):
+        with pytest.raises(AoiError, match=match):
+            look(scene[0][0], **{"segmenters": {"a": segmenters["a"]}} | options)
+
+
+def test_traits_of_inspect_take_names_and_refuse_what_there_is_not(scene, segmenters):
+    "Set in Python or by the page; the old value stays."
+    handle = inspect(scene[0][0], segmenters)
+    handle.shown = ["wire"]
+    assert handle.shown == [True, False, False, False]
+    handle.thresholds = {"b": [0.1, 0.2, 0.3, 0.4]}
+    assert handle.thresholds == [[0.5] * 4, [0.1, 0.2, 0.3, 0.4]]
+    handle.shown = None
+    assert handle.shown == [True] * 4
+    wrong = [("overlay", "errors"), ("focus", 9), ("focus", -1), ("shown", [True]), ("shown", ["tape"]), ("thresholds", {"c": [0.5] * 4})]
+    for name, value in wrong:
+        before = getattr(handle, name)
+        with pytest.raises(AoiError, match=name):
+            setattr(handle, name, value)
+        handle.error = ""
+        from_page(handle, **{name: value})
+        assert name in handle.error and getattr(handle, name) == before
+
+
+def test_a_threshold_asks_no_bank_and_leaves_the_place(scene, bank, segmenters, monkeypatch):
+    images, masks, _ = scene
+    handle = inspect(images[0], {"one": bank, "a": segmenters["a"], "two": bank}, masks[0], bank_images={"b_01": images[1]})
+    asked = []
+    neighbours = type(bank).neighbours
+    monkeypatch.setattr(type(bank), "neighbours", lambda self, *args, **options: asked.append(args) or neighbours(self, *args, **options))
+    handle.ask(12, 20)
+    assert len(asked) == 2 and [n["bank"] for n in handle.near] == ["one"] * 5 + ["two"] * 5 and len(handle.thumbs) == 10
+    handle._handle_custom_msg({"kind": "place", "key": handle.near[7]["key"], "bank": "two"}, [])
+    assert handle.error == "" and handle.place["bank"] == "two" and handle.place["key"] == handle.near[7]["key"]
+    before = handle.why
+    handle.set_threshold("wire", 0.9)
+    assert len(asked) == 2 and handle.place["bank"] == "two" and handle.why != before
+    handle.light = 1
+    assert len(asked) == 4 and handle.place["bank"] == "two"
+    handle.ask(1, 1)
+    assert handle.place is None
+
+
+def test_a_row_brings_its_truth_to_the_twin(scene, segmenters):
+    images, masks, _ = scene
+    row = {"image": images[0], "mask": masks[0], "ignore": None, "stem": "a_00"}
+    handle = inspect(row, segmenters, overlay="errors")
+    assert handle.picture()._repr_png_() == show.inspect(row, segmenters, overlay="errors", bank_images={})._repr_png_()
+
+
 def test_thresholds_are_applied_only_when_asked(scene, segmenters):
     handle = inspect(scene[0][0], segmenters, thresholds={"a": [0.1, 0.2, 0.3, 0.4]})
     assert segmenters["a"].thresholds.tolist() == [0.5] * 4
@@ -414,7 +481,7 @@ def trained():
 def test_a_run_is_rebuilt_at_any_mask_ratio(scene, trained):
     image = scene[0][0][:, :32]  # two windows of pre-training
     handle = watch(trained, image, held=(9, 17), mask_ratio=0.25)
-    assert handle.rebuilt.hidden.float().mean() == 0.25 and handle.snapshots == ["untrained", "trained"]
+    assert handle.rebuilt.hidden.float().mean() == 0.25 and handle.snapshots == ["untrained", "end"]
     assert [s["name"] for s in handle.sources] == ["image", "seen", "rebuilt"]
     from_page(handle, mask_ratio=0.75)
     assert handle.rebuilt.hidden.float().mean() == 0.75
@@ -424,8 +491,11 @@ def test_a_run_is_rebuilt_at_any_mask_ratio(scene, trained):
     assert not torch.equal(handle.rebuilt.rebuilt, expected)
     grid = trained.encoder.encode(image[None])[0]
     found = show.similarity_map(grid, grid[1, 2]).numpy()
-    assert np.allclose(handle.similarities["trained"], found, atol=1e-6) and found[1, 2] > 0.9999
-    assert np.abs(np.frombuffer(handle.maps[1], np.uint8).reshape(4, 8) / 255 - found.clip(0, 1)).max() < 0.003
+    assert np.allclose(handle.similarities["end"], found, atol=1e-6) and found[1, 2] > 0.9999
+    low, high = handle.limits[1]
+    assert [low, high] == list(show.scale_limits([found], [{"image": 0, "row": 1, "column": 2}])) and high < found.max()
+    sent = np.frombuffer(handle.maps[1], np.uint8).reshape(4, 8) / 255
+    assert np.abs(sent - ((found - low) / (high - low)).clip(0, 1)).max() < 0.003
     assert handle.picture().alt and "50 steps" in handle.status
     from_page(handle, held=[99, 0])
     assert "99" in handle.error and handle.held == [9, 17]
@@ -435,23 +505,69 @@ def test_a_live_run_is_followed_to_its_end(folder, tmp_path):
     "A checkpoint beside the folder, then the folder: what is on the page goes on."
     from aoi_ssl.data import load_folder
     from aoi_ssl.pretrain import pretrain
-    from aoi_ssl.train import _Run
+    from aoi_ssl.train import _Run, forget_unfinished, journal_beside
 
     dataset = load_folder(folder)["pretrain"].select([0, 1])
-    with pytest.raises(AoiError, match="no run"):
-        watch(tmp_path / "mae")
+    handle = watch(tmp_path / "mae", dataset[0]["image"], held=(1, 1))  # before there is anything
+    assert handle.live and "waiting" in handle.status and handle.similarities == {} and not handle.has_rebuilt
+    assert handle.picture().alt and not handle.poll()
     options = {"encoder": "nano", "crop": 64, "batch_size": 2, "progress": False, "augment": False}
     done = pretrain(dataset, tmp_path / "mae", budget="6 steps", **options)
     (tmp_path / "mae").rename(tmp_path / "later")
+    journal_beside(tmp_path / "mae.checkpoint").write_text("".join(done.history.head(2).to_json(orient="records", lines=True)) + '{"st')
+    assert handle.poll() and len(handle.history) == 2 and "running" in handle.status  # no checkpoint yet
+    journal_beside(tmp_path / "mae.checkpoint").unlink()
     run = _Run({"config": done.mae.config.to_json_string()}, step=3, history=done.history.head(3).to_dict("records"))
+    shutil.copytree(tmp_path / "later" / "snapshots", tmp_path / "mae.snapshots")
     run.save(tmp_path / "mae.checkpoint", done.mae, torch.optim.SGD(done.mae.parameters(), lr=0.1))
-    handle = watch(tmp_path / "mae", dataset[0]["image"])
-    assert handle.live and len(handle.history) == 3 and "running" in handle.status and handle.rebuilt is not None
+    assert handle.poll() and handle.live and len(handle.history) == 3 and handle.rebuilt is not None and handle.has_rebuilt
+    assert handle.snapshots == ["start", "step 1", "step 2", "step 3"] and len(handle.maps) == 4
+    assert torch.allclose(handle.encoders["step 3"].encode(dataset[0]["image"][None]), done.encoder.encode(dataset[0]["image"][None]))
     assert not handle.poll()
     (tmp_path / "later").rename(tmp_path / "mae")
-    (tmp_path / "mae.checkpoint").unlink()
+    forget_unfinished(tmp_path / "mae.checkpoint")
     handle._handle_custom_msg({"kind": "poll"}, [])
     assert handle.error == "" and not handle.live and len(handle.history) == 6 and len(handle.series[0]["x"]) == 6
+    assert handle.snapshots == ["start", "step 1", "step 2", "step 3", "end"]
+    still = show.watch(tmp_path / "mae", dataset[0], held=(1, 1), every=1.0)
+    assert still._repr_png_() == handle.picture()._repr_png_()
+
+
+def test_fine_tuning_is_followed_over_time(folder, tmp_path):
+    "As an object and as a folder; without snapshots the encoder as it is."
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.segment import finetune
+
+    dataset = load_folder(folder)["new"].select([0, 1])
+    encoder = ViTEncoder("nano", image_size=64)
+    options = {"budget": "4 steps", "crop": 64, "batch_size": 2, "hidden": 16, "progress": False}
+    model = finetune(dataset, encoder, tmp_path / "seg", **options)
+    for run in (model, tmp_path / "seg", str(tmp_path / "seg")):
+        handle = watch(run, dataset[0], held=(10, 10))
+        assert handle.snapshots == ["start", "step 1", "step 2", "step 3", "end"] and len(handle.maps) == 5
+        start = encoder.encode(dataset[0]["image"][None])
+        assert torch.allclose(handle.encoders["start"].encode(dataset[0]["image"][None]), start)
+        assert not np.allclose(handle.similarities["start"], handle.similarities["end"])
+    assert watch(finetune(dataset, encoder, snapshots=False, **options), dataset[0], held=(10, 10)).snapshots == ["untrained", "end"]
+    assert list(finetune(dataset, encoder, **options).snapshots.steps) == [0, 1, 2, 3]  # without a folder: in memory
+
+
+@pytest.mark.parametrize("run", [None, {}, 3, "no/such/place"])
+def test_watch_says_what_is_no_run(run):
+    for look in (watch, show.watch):
+        with pytest.raises(AoiError, match="expected|no run"):
+            look(run)
+
+
+def test_what_is_held_is_a_pixel(scene, trained):
+    for held in ((999, 0), (1,), (1, 2, 3), "ab"):
+        for look in (watch, show.watch):
+            with pytest.raises(AoiError, match="held="):
+                look(trained, scene[0][0], held=held)
+    with pytest.raises(AoiError, match="held="):
+        watch(trained, held=(1, 1))
+    handle = watch(trained.history, scene[0][0], held=(1, 1))  # a history has no encoder
+    assert handle.similarities == {} and handle.held == [1, 1] and handle.picture().alt
 
 
 def test_several_runs_and_histories_alone(trained):

@@ -7,13 +7,45 @@ const SVG = "http://www.w3.org/2000/svg";
 export function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), guard(node, value));
     else if (name === "class") node.className = value;
     else if (value === true) node.setAttribute(name, "");
     else if (value !== false && value != null) node.setAttribute(name, value);
   }
   node.append(...children.flat().filter((child) => child != null));
   return node;
+}
+
+// Errors: whatever fails in the page is told in the widget, and to Python, where `handle.error` says it
+
+function tell(root, error) {
+  if (!root?.fail) throw error;
+  root.fail(error);
+}
+
+/** A listener of a part of a widget whose errors the widget tells. */
+export function guard(node, call) {
+  const failed = (e) => tell(node.closest(".aoi") ?? node.querySelector(".aoi"), e);
+  return (...args) => {
+    try {
+      const done = call(...args);
+      if (done?.catch) done.catch(failed);
+      return done;
+    } catch (e) { failed(e); }
+  };
+}
+
+/** A `render` whose errors, and those of its listeners to traits and messages, the widget tells. */
+export function failing(render) {
+  return (context) => {
+    const { model, el } = context, calls = new Map();
+    const safe = (call) => { if (!calls.has(call)) calls.set(call, guard(el, call)); return calls.get(call); };
+    const own = {
+      get: (name) => model.get(name), set: (name, value) => model.set(name, value), save_changes: () => model.save_changes(), send: (...all) => model.send(...all),
+      on: (name, call) => model.on(name, safe(call)), off: (name, call) => model.off(name, calls.get(call) ?? call),
+    };
+    return guard(el, render)({ ...context, model: own });
+  };
 }
 
 const ICONS = {
@@ -149,8 +181,13 @@ export function frame(model, el, { label, keys = [] }) {
     words.textContent = model.get("error");
     error.hidden = !words.textContent;
   });
+  root.fail = (e) => {
+    const text = `In the page: ${e.message ?? e}`;
+    console.error(e);
+    if (model.get("error") !== text) put(model, { error: text });
+  };
   el.append(root);
-  return { root, bar, body, status, legend, error, fail: (e) => { words.textContent = `In the page: ${e.message ?? e}`; error.hidden = false; console.error(e); } };
+  return { root, bar, body, status, legend, error };
 }
 
 // Pixels
@@ -185,7 +222,8 @@ export class Source {
     Object.assign(this, { model, index, ready, prefix, tiles: new Map(), version: 0, edits: 0 });
     this.receive = (message, buffers) => this.onTile(message, buffers);
     model.on("msg:custom", this.receive);
-    model.on(`change:${prefix}overviews`, () => this.load());
+    this.renew = () => this.load();
+    model.on(`change:${prefix}overviews`, this.renew);
     this.load();
   }
 
@@ -251,7 +289,10 @@ export class Source {
     this.ready?.(this);
   }
 
-  close() { this.model.off("msg:custom", this.receive); }
+  close() {
+    this.model.off("msg:custom", this.receive);
+    this.model.off(`change:${this.prefix}overviews`, this.renew);
+  }
 }
 
 /** The weights of each light in red, green and blue, as Python made them (see show.false_colour). */
@@ -385,7 +426,7 @@ export class Viewer {
   }
 
   listen() {
-    const on = (name, call, options) => this.canvas.addEventListener(name, call, options);
+    const on = (name, call, options) => this.canvas.addEventListener(name, guard(this.canvas, call), options);
     on("pointerdown", (e) => this.down(e));
     on("pointermove", (e) => this.move(e));
     on("pointerup", (e) => this.up(e));
@@ -507,7 +548,7 @@ export class Viewer {
 
   draw() {
     if (this.waiting || !this.size || !this.source.whole) return;
-    this.waiting = requestAnimationFrame(() => { this.waiting = null; this.drawNow(); });
+    this.waiting = requestAnimationFrame(guard(this.canvas, () => { this.waiting = null; this.drawNow(); }));
   }
 
   drawNow() {
@@ -554,12 +595,13 @@ export function swatch(name, colour, { onclick, fill = "pale" } = {}) {
 }
 
 /** A horizontal colour scale with the values at its ends. */
-export function colourBar(table, [low, high], label) {
-  const canvas = make("canvas", { width: 128, height: 1, role: "img", "aria-label": `Colour scale from ${low.toFixed(2)} to ${high.toFixed(2)}` });
+export function colourBar(table, ends, label) {
+  const [low, high] = ends.map((v) => (typeof v === "number" ? v.toFixed(2) : v));
+  const canvas = make("canvas", { width: 128, height: 1, role: "img", "aria-label": `Colour scale from ${low} to ${high}` });
   const context = canvas.getContext("2d"), image = context.createImageData(128, 1);
   for (let i = 0; i < 128; i++) image.data.set([...table.slice(6 * i, 6 * i + 3), 255], 4 * i);
   context.putImageData(image, 0, 0);
-  return make("span", { class: "aoi-scale" }, make("span", {}, label), make("span", {}, low.toFixed(2)), canvas, make("span", {}, high.toFixed(2)));
+  return make("span", { class: "aoi-scale" }, make("span", {}, label), make("span", {}, low), canvas, make("span", {}, high));
 }
 
 export const table256 = (model, name) => bytesOf(model.get("scales_rgb")[name]);
@@ -579,7 +621,8 @@ export class NearList {
     if (near.length !== thumbs.length) return;
     this.close();
     this.urls = thumbs.map((bytes) => URL.createObjectURL(new Blob([bytesOf(bytes)], { type: "image/png" })));
-    this.root.replaceChildren(...near.map((n, i) => this.one(n, i)));
+    const banks = [...new Set(near.map((n) => n.bank))];
+    this.root.replaceChildren(...banks.flatMap((bank) => [bank && make("p", { class: "aoi-bank" }, `Remembered by ${bank}`), ...near.map((n, i) => (n.bank === bank ? this.one(n, i) : null))]).filter(Boolean));
     if (this.model.get("bank_note")) this.root.append(make("p", { class: "aoi-note" }, this.model.get("bank_note")));
     this.press();
   }
@@ -588,13 +631,13 @@ export class NearList {
     const similarity = n.similarity.toFixed(3), classes = n.labels || "no class", weight = n.weight == null ? "" : `, weight ${n.weight.toFixed(2)}`;
     return make("button", {
       type: "button", title: `${n.stem}, ${n.device}: row ${n.row}, column ${n.column}; similarity ${similarity}${weight}; ${classes}. Click to see it in its place.`,
-      onclick: () => this.model.send({ kind: "place", key: n.key }),
+      onclick: () => this.model.send({ kind: "place", key: n.key, ...(n.bank && { bank: n.bank }) }),
     }, make("img", { src: this.urls[i], alt: `bank patch ${i + 1}: ${classes}` }), make("b", {}, similarity), make("span", {}, n.stem), make("span", {}, n.device));
   }
 
   press() {
-    const key = this.model.get("place")?.key;
-    [...this.root.querySelectorAll("button")].forEach((b, i) => b.setAttribute("aria-pressed", String(this.model.get("near")[i]?.key === key)));
+    const place = this.model.get("place"), near = this.model.get("near");
+    [...this.root.querySelectorAll("button")].forEach((b, i) => b.setAttribute("aria-pressed", String(near[i]?.key === place?.key && near[i]?.bank === place?.bank)));
   }
 
   close() { this.urls?.forEach((url) => URL.revokeObjectURL(url)); }

@@ -1,4 +1,5 @@
 // explore: hold patches, see what is similar to them in this image, in others and in the bank.
+import { failing } from "./base.js";
 import { NearList, PlaceView, Source, Viewer, button, bytesOf, choice, colourBar, cutOut, frame, gridCanvas, lightChoices, make, markBox, put, slider, table256, toggle } from "./base.js";
 
 const KEYS = [
@@ -292,4 +293,4 @@ function render({ model, el }) {
   return () => widget.close();
 }
 
-export default { render };
+export default { render: failing(render) };

@@ -1,4 +1,5 @@
 // teach: paint labels, and see at once what they teach. Strokes are drawn here and rasterised in Python, which answers with pixels.
+import { failing } from "./base.js";
 import { Source, Viewer, above, button, choice, drawParts, frame, lightChoices, make, masksOn, put, slider, swatch, toggle, watchTraits } from "./base.js";
 
 const TOOLS = [
@@ -406,4 +407,4 @@ function render({ model, el }) {
   return () => widget.close();
 }
 
-export default { render };
+export default { render: failing(render) };

@@ -1,4 +1,5 @@
 // watch: a training run, live or finished: its curves, what it rebuilds, and what it finds similar as it learns.
+import { failing } from "./base.js";
 import { Source, Viewer, button, bytesOf, colourBar, draw, frame, gridCanvas, lightChoices, make, markBox, put, slider, table256, toggle, watchTraits } from "./base.js";
 
 const KEYS = [
@@ -13,12 +14,40 @@ class Watcher {
     this.toolbar();
     this.charts = make("div", { class: "aoi-charts" });
     this.page.body.append(this.charts);
-    this.pictures = this.get("has_rebuilt") ? ["image", "seen", "rebuilt"].map((name, i) => this.picture(name, i)) : [];
-    if (this.pictures.length) this.page.body.append(this.section("Rebuilt from what is left", this.pictures, slider(model, "mask_ratio", "Mask ratio", { min: 0.05, max: 0.95, lazy: true }), button("Hide other patches", () => put(model, { seed: this.get("seed") + 1 }), { text: "Other patches" })));
-    this.times = this.get("snapshots").map((name, i) => this.time(name, i));
-    if (this.times.length) this.page.body.append(this.section("Similar to the held patch, over time", this.times));
+    this.pictures = [];
+    this.times = [];
+    this.drawn = make("div", { class: "aoi-section" });
+    this.over = make("div", { class: "aoi-section" });
+    this.page.body.append(this.drawn, this.over);
+    watchTraits(model, "has_rebuilt", () => this.showRebuilt());
+    watchTraits(model, "snapshots", () => this.showTimes());
     this.watch();
   }
+
+  // sections: they appear when there is something to show in them
+
+  showRebuilt() {
+    if (this.pictures.length || !this.get("has_rebuilt")) return;
+    const { model } = this;
+    this.pictures = ["image", "seen", "rebuilt"].map((name, i) => this.picture(name, i));
+    this.fill(this.drawn, "Rebuilt from what is left", this.pictures, slider(model, "mask_ratio", "Mask ratio", { min: 0.05, max: 0.95, lazy: true }), button("Hide other patches", () => put(model, { seed: this.get("seed") + 1 }), { text: "Other patches" }));
+  }
+
+  showTimes() {
+    this.times.forEach((v) => this.drop(v));
+    this.times = this.get("snapshots").map((name, i) => this.time(name, i));
+    if (!this.times.length) { this.over.replaceChildren(); return; }
+    const scale = colourBar(table256(this.model, "viridis"), ["low", "high"], "Cosine, on the scale of each map");
+    this.fill(this.over, "Similar to the held patch, over time", this.times, scale);
+    this.showLimits();
+  }
+
+  showLimits() {
+    const limits = this.get("limits"), names = this.get("snapshots");
+    this.times.forEach(({ title }, i) => (title.textContent = limits[i] ? `${names[i]}: ${limits[i][0].toFixed(2)} to ${limits[i][1].toFixed(2)}` : names[i]));
+  }
+
+  drop({ viewer, source }) { viewer.close(); source.close(); }
 
   get(name) { return this.model.get(name); }
 
@@ -27,8 +56,8 @@ class Watcher {
     this.page.bar.append(toggle(this.model, "log", "Logarithmic"), ...(this.get("sources").length ? lightChoices(this.model) : []), this.live);
   }
 
-  section(title, views, ...controls) {
-    return make("div", { class: "aoi-section" }, make("div", { class: "aoi-bar" }, make("b", {}, title), controls), make("div", { class: "aoi-views" }, views.map((v) => v.root)));
+  fill(section, title, views, ...controls) {
+    section.replaceChildren(make("div", { class: "aoi-bar" }, make("b", {}, title), controls), make("div", { class: "aoi-views" }, views.map((v) => v.root)));
   }
 
   picture(name, index) {
@@ -48,16 +77,19 @@ class Watcher {
       act: { click: (p) => this.hold(p), key: (e) => this.onKey(e) },
     });
     viewer.most = 340;
-    return { source, viewer, root: make("figure", { class: "aoi-figure" }, make("figcaption", {}, make("span", {}, name)), viewer.root) };
+    const title = make("span", { title: "How similar: the lowest tenth, and the most similar patch that is not held" }, name);
+    return { source, viewer, title, root: make("figure", { class: "aoi-figure" }, make("figcaption", {}, title), viewer.root) };
   }
 
+  get views() { return this.pictures.concat(this.times); }
+
   watch() {
-    const { model } = this, views = this.pictures.concat(this.times), redraw = () => views.forEach((v) => v.viewer.draw());
-    for (const name of ["light", "stretch", "maps", "held"]) model.on(`change:${name}`, redraw);
-    model.on("change:view", () => views.forEach((v) => v.viewer.setView(this.get("view"), { tell: false })));
+    const { model } = this, redraw = () => this.views.forEach((v) => v.viewer.draw());
+    for (const name of ["light", "stretch", "maps", "held", "grid"]) model.on(`change:${name}`, redraw);
+    model.on("change:limits", () => this.showLimits());
+    model.on("change:view", () => this.views.forEach((v) => v.viewer.setView(this.get("view"), { tell: false })));
     watchTraits(model, ["series", "log"], () => this.showCharts());
     watchTraits(model, "status", () => { this.live.textContent = this.get("status"); this.live.classList.toggle("aoi-running", this.get("live")); });
-    if (this.times.length) this.page.legend.replaceChildren(colourBar(table256(model, "viridis"), [0, 1], "Cosine"));
     this.timer = setInterval(() => { if (this.get("live") && this.page.root.isConnected && !document.hidden) model.send({ kind: "poll" }); }, 1000 * this.get("every"));
   }
 
@@ -106,7 +138,7 @@ class Watcher {
 
   paintTime(index, context, pixel) {
     const { rows, columns, patch } = this.get("grid"), map = this.get("maps")[index], held = this.get("held");
-    if (map?.byteLength) {
+    if (map?.byteLength === rows * columns) {
       const values = bytesOf(map), table = table256(this.model, "viridis");
       context.imageSmoothingEnabled = false;
       context.drawImage(gridCanvas(rows, columns, (i, out, at) => {
@@ -129,7 +161,7 @@ class Watcher {
 
   close() {
     clearInterval(this.timer);
-    this.pictures.concat(this.times).forEach((v) => { v.viewer.close(); v.source.close(); });
+    this.views.forEach((v) => this.drop(v));
   }
 }
 
@@ -139,4 +171,4 @@ function render({ model, el }) {
   return () => widget.close();
 }
 
-export default { render };
+export default { render: failing(render) };
