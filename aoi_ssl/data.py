@@ -6,7 +6,7 @@
 __all__ = ['MASK_FOLDERS', 'IMAGE_FOLDERS', 'MASK_ENDINGS', 'RESERVED', 'list_files', 'compile_pattern', 'find_lights',
            'pair_lights', 'find_masks', 'one_mask_each', 'discover_classes', 'read_meta', 'Scan', 'scan_folder',
            'Lights', 'Annotation', 'load_folder', 'class_names', 'channel_count', 'native_item', 'source_folders',
-           'device_names', 'named_image', 'ImageList', 'find_duplicates', 'check_folder', 'device_ids',
+           'device_names', 'named_image', 'ImageList', 'names_digest', 'find_duplicates', 'check_folder', 'device_ids',
            'split_by_device', 'few_shot', 'count_grey_values', 'grey_stats', 'channel_stats']
 
 # %% ../nbs/api/03_data.ipynb #f2b1f815
@@ -781,6 +781,15 @@ class ImageList:
                 raise AoiError(f"{name} {where}; images with names of their own were expected. Leave it out.")
             seen.add(name)
         return self
+
+# %% ../nbs/api/03_data.ipynb #43cbc014
+def names_digest(
+    images: object,  # as for `ImageList`
+) -> str:  # how many there are, and 12 hexadecimal digits that change with their names and their order
+    "What tells one set of images from another, so that a run goes on with its own only."
+    columns = getattr(images, "column_names", ["stem"])
+    names = ImageList(images).names if "stem" in columns else []
+    return f"{len(images)} {hashlib.blake2b(chr(10).join(names).encode(), digest_size=6).hexdigest()}"
 
 # %% ../nbs/api/03_data.ipynb #4780ddcc
 def _look(row: Any) -> tuple[str | None, int, list[dict]]:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .augment import Augment
 from .core import AoiError, step_seed
 from .crops import CropStore, open_crops
-from .data import channel_count
+from .data import channel_count, names_digest
 from .encoder import ViTEncoder, mae_config, new_vit
 from .pretrain import check_run, decay_groups, default_crop, finish_run, save_run
 from .snapshots import Snapshots
@@ -593,7 +593,7 @@ def distill(
     batches = view_batches(crops, views, inner, size=crop, batch_size=batch_size, lights=lights, augment=change,
                            processes=process.num_processes, masks=objective == "ibot")
     groups, lr = decay_groups(model, weight_decay=weight_decay), base_lr * total / 256
-    settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,
+    settings = {"config": config.to_json_string(), "images": names_digest(dataset), "batch": total, "lr": lr,
                 "weight_decay": weight_decay, "augment": change and asdict(change), "views": str(views)} | chosen | head
     seen = Snapshots(inner, checkpoint) if snapshots else None
     history = fit(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .augment import Augment
 from .core import AoiError
 from .crops import CropStore, open_crops
-from .data import channel_count
+from .data import channel_count, names_digest
 from .encoder import Encoder, quiet, sincos_positions
 from .pretrain import check_run, decay_groups, default_crop, finish_run, masked_batches, save_run, write_autoencoder
 from .snapshots import Snapshots
@@ -228,7 +228,7 @@ def pretrain_hiera(
     inner, units = inner.to(process.device), units.to(process.device)
     change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
     groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
-    settings = {"config": config.to_json_string(), "images": len(dataset), "batch": total, "lr": lr,
+    settings = {"config": config.to_json_string(), "images": names_digest(dataset), "batch": total, "lr": lr,
                 "weight_decay": weight_decay, "augment": change and asdict(change)}
     seen = Snapshots(inner, checkpoint) if snapshots else None
     history = fit(

@@ -246,5 +246,6 @@ def test_wrong_plans_are_refused_before_an_image_is_read(images, wrong, message,
 
 def test_the_options_that_pretrain_has_mean_the_same_here():
     theirs, ours = (inspect.signature(f).parameters for f in (pretrain, pretrain_hiera))
-    for name in set(theirs) & set(ours) - {"encoder", "mask_ratio"}:
+    for name in set(theirs) & set(ours) - {"encoder", "mask_ratio", "base_lr"}:
         assert theirs[name].default == ours[name].default, name
+    assert ours["base_lr"].default == base_rate(None, adapting=False)  # it has no weights to go on from
