@@ -411,7 +411,7 @@ def explore(
     grids, white = feature_grids(images, encoder, layer=layer, space=space, keys=keys)
     held = as_held(held, [tuple(g.shape[:2]) for g in grids], encoder.patch_size)
     table = None
-    if bank is not None and held and layer is None:
+    if bank is not None and len(bank.keys) and held and layer is None:
         table = neighbours_of_held(bank, images, grids, held, k=k, white=white)
     look = {"overlay": overlay, "opacity": opacity, "threshold": threshold, "limits": limits, "colours": colours}
     look |= {"light": light, "stretch": stretch, "width": width}
