@@ -429,20 +429,23 @@ def test_inspect(bench):
     answer = b.ask(until=lambda a: a["near"])
     assert abs(answer["pixel"]["y"] - y) <= 1 and len(answer["why"]) == 2 and answer["error"] == ""
     assert b.page.locator(".aoi-bank").all_inner_texts() == ["Remembered by 16 px", "Remembered by 8 px"]
-    b.page.set_viewport_size({"width": 1280, "height": 800})  # the answer is where the eye is: below the pictures, on the same screen
+    b.page.set_viewport_size({"width": 1280, "height": 800})  # the answer is where the eye is: beside the pictures
     b.page.locator(".aoi-views canvas").first.scroll_into_view_if_needed()
     b.settle()
     b.shoot("inspect-answer")
-    under = b.page.locator(".aoi-views").first.bounding_box()
-    for part in (".aoi-answer table", ".aoi-near button"):
-        box = b.page.locator(part).first.bounding_box()
-        assert 0 <= box["y"] - under["y"] - under["height"] < 120 and box["height"] > 20
-    b.page.set_viewport_size({"width": 1280, "height": 1400})
+    parts = [".aoi-answer table", ".aoi-near button >> nth=0", ".aoi-near button >> nth=-1"]
+    boxes = [b.page.locator(part).first.bounding_box() for part in parts]
+    assert all(0 < box["y"] and box["y"] + box["height"] < 800 for box in boxes), boxes
     b.page.locator(".aoi-near button").first.click()
-    b.page.locator(".aoi-answer figure .aoi-legend").first.wait_for()
+    b.page.locator(".aoi-views figure .aoi-legend").first.wait_for()
+    b.settle()
+    b.shoot("inspect-place")
+    box = b.page.locator(".aoi-views figure", has=b.page.locator(".aoi-legend")).last.bounding_box()
+    assert 0 < box["y"] < 500, box
+    b.page.set_viewport_size({"width": 1280, "height": 1400})
     slider.fill("0.6")  # a threshold moves nothing but the mask
     answer = b.ask(until=lambda a: a["thresholds"][0][3] == 0.6)
-    assert answer["place"]["bank"] == "16 px" and b.page.locator(".aoi-answer figure .aoi-legend").is_visible()
+    assert answer["place"]["bank"] == "16 px" and b.page.locator(".aoi-views figure .aoi-legend").first.is_visible()
     slider.fill("0.5")
     b.js("w.paint = () => { throw new Error('no brush'); }; w.refresh(); return 0;")  # what fails in the page is told in Python
     assert "no brush" in b.ask(until=lambda a: a["error"])["error"]

@@ -15,7 +15,7 @@ from aoi_ssl.core import AoiError, step_seed
 from aoi_ssl.data import channel_stats, load_folder
 from aoi_ssl.encoder import Encoder, quiet, sincos_positions
 from aoi_ssl.hiera import HieraEncoder, hiera_config, new_hiera, pretrain_hiera, stage_outputs, unrolled_order
-from aoi_ssl.pretrain import decay_groups, pretrain
+from aoi_ssl.pretrain import base_rate, decay_groups, pretrain
 
 SMALL = {"encoder": "hiera-nano", "crop": 64, "batch_size": 4, "progress": False}
 

@@ -618,3 +618,21 @@ def test_widgets_with_a_bank_that_turns_shifts_and_whitens(folder):
     taught.paint("wire", "line", [(10, 10), (100, 60)], size=4)
     assert len(bank.keys) > before and taught.prediction.shape == (4, 256, 256)
     assert len(taught.undo().bank.keys) == before
+
+
+@pytest.mark.parametrize("verb", [explore, inspect, watch])
+def test_a_twin_takes_the_arguments_of_its_widget(verb):
+    "In the same order, with the same defaults; only the width of the figure is its own."
+    from inspect import signature
+
+    own, twin = (signature(f).parameters for f in (verb, getattr(show, verb.__name__)))
+    assert [n for n in twin if n != "width"] == list(own)
+    assert {n: p.default for n, p in own.items()} == {n: p.default for n, p in twin.items() if n != "width"}
+
+
+def test_explore_and_its_twin_take_a_bank_that_is_empty_yet(scene, encoder):
+    from aoi_ssl.retrieval import empty_bank
+
+    empty = empty_bank([scene[0][0]], encoder, classes=CLASSES)
+    assert explore(scene[0][0], encoder, empty, held=[(0, 0)]).near == []
+    assert show.explore(scene[0][0], encoder, empty, held=[(0, 0)]).alt

@@ -51,19 +51,19 @@ class Inspector {
     this.rows = make("div", { class: "aoi-classes" }, this.classes.map((name, k) => this.row(name, k)));
     this.curveHead = make("span", {});
     this.curve = draw("svg", { class: "aoi-curve", viewBox: "0 0 220 120" });
-    this.why = make("div", { class: "aoi-table-box" });
+    this.why = make("div", {});
     this.near = this.get("has_bank") ? new NearList(this.model) : null;
     this.place = new PlaceView(this.model, () => ({ light: this.get("light"), stretch: this.get("stretch") }));
     this.whyHead = make("span", {}, "Why this pixel?");
     const notes = this.get("novelty_notes").map((note, s) => (note ? make("p", { class: "aoi-note" }, this.segmenters.length > 1 ? make("b", {}, `${this.segmenters[s]}: `) : null, note) : null));
-    const views = make("div", { class: "aoi-views" }, this.views.map((v) => v.root));
-    const answer = make("div", { class: "aoi-why" }, make("div", { class: "aoi-head" }, this.whyHead), make("div", { class: "aoi-answer" }, this.why, this.near?.root, this.place.root));
+    const views = make("div", { class: "aoi-views" }, this.views.map((v) => v.root), this.place.root);
+    const answer = make("div", { class: "aoi-answer" }, make("div", { class: "aoi-head" }, this.whyHead), this.why, this.near?.root);
     const apply = button("Give the thresholds to the segmenters", () => this.model.send({ kind: "apply" }), { text: "Apply" });
-    const side = make("div", { class: "aoi-side" },
+    const side = make("div", { class: "aoi-side" }, answer, // first, so that it is beside the pictures and not below the screen
       make("div", {}, make("div", { class: "aoi-head" }, make("span", {}, "Classes and thresholds"), apply), this.rows),
       this.truth ? make("div", {}, make("div", { class: "aoi-head" }, this.curveHead), this.curve) : null,
       notes.some(Boolean) ? make("div", {}, make("div", { class: "aoi-head" }, make("span", {}, "To be trusted?")), notes) : null);
-    this.page.body.append(make("div", { class: "aoi-looked" }, views, answer), side);
+    this.page.body.append(views, side);
   }
 
   row(name, k) {
