@@ -7,6 +7,7 @@ import warnings
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -297,6 +298,17 @@ def test_the_best_k_and_thresholds_are_taken(dataset, pixels):
         rows = chosen[chosen["class"] == name]
         assert rows["iou"].max() == rows.loc[(rows["threshold"] - t).abs().idxmin(), "iou"]
     assert len(curves) == 6 * len(CLASSES) * len(THRESHOLDS)
+
+
+@pytest.mark.parametrize("decoder", ["ridge", "mixture"])
+def test_another_deal_of_folds_is_judged_anew(dataset, pixels, decoder):
+    made = [paper_bank(dataset, pixels, decoder=decoder, calibrate=False) for _ in range(2)]
+    made[0].calibrate(folds=2, seed=0)
+    deals = [patch_folds(made[0], folds=2, seed=seed) for seed in (0, 1)]
+    assert not deals[0].equal(deals[1]) and [(d == 1).sum() for d in deals] == [deals[0].sum()] * 2  # another deal, of the same sizes
+    made[0].k, made[0].mix = made[1].k, made[1].mix
+    again, fresh = (bank.calibrate(folds=2, seed=1) for bank in made)
+    pd.testing.assert_frame_equal(again, fresh)
 
 
 def test_what_is_given_is_kept(dataset, pixels):
@@ -688,7 +700,9 @@ def test_a_large_image_is_seen_in_its_middle():
 def test_an_empty_bank_says_that_it_is(tmp_path, dataset, pixels):
     bank = empty_bank(dataset, pixels, method="fast")
     image = dataset[0]["image"]
-    for ask in (lambda b: b.predict(image[None]), lambda b: b.neighbours(image, 0, 0), lambda b: b.explain(image, 0, 0)):
+    for ask in (lambda b: b.predict(image[None]), lambda b: b.neighbours(image, 0, 0), lambda b: b.explain(image, 0, 0),
+                lambda b: b.like_devices(image), lambda b: b.using(routes=1).predict(image[None]),
+                lambda b: b.using(decoder="ridge").predict(image[None]), lambda b: b.using(decoder="mixture").predict(image[None])):
         with pytest.raises(AoiError, match="0 patches"):
             ask(bank)
     with pytest.warns(UserWarning, match="nothing to calibrate on"):
