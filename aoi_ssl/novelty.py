@@ -21,7 +21,7 @@ from torch import Tensor
 from .core import AoiError, read_json, write_json
 from .crossval import Region, held_out_search, lay_region, region_rows
 from .data import ImageList
-from .encoder import check_images
+from .encoder import check_images, weight_hash
 from .features import embed, grid_corner, shift_offsets
 from .patches import box_mean
 from .recall import lay_rows, search
@@ -181,9 +181,9 @@ class Novelty:
         return f"Novelty(false alarms in {rates}; from {len(self.scores)} good images)"
 
     def _check(self) -> None:
-        if bank_state(self.bank) != self.state:
-            raise AoiError(f"The bank has changed since its novelty was calibrated: it had {len(self.state['stems'])} images and "
-                           f"{self.state['patches']} patches, it has {len(self.bank.images)} and {len(self.bank.y)}. Call "
+        if (state := bank_state(self.bank)) != self.state:
+            then, now = (f"{len(s['stems'])} images, {s['patches']} patches, keys {s['keys']}" for s in (self.state, state))
+            raise AoiError(f"The bank has changed since its novelty was calibrated: it had {then}; it has {now}. Call "
                            "calibrate_novelty(bank) again, or forget it: del bank.novelty.")
 
 
@@ -196,7 +196,9 @@ def bank_state(
     whole: bool = False,  # also encoder and feature space, which takes a moment
 ) -> dict:  # json can hold it
     "What the limits of a bank depend on."
-    found = {"stems": [record["stem"] for record in bank.images], "patches": len(bank.y)}
+    if bank._cache.get("key state", (None,))[0] is not bank.keys:
+        bank._cache["key state"] = bank.keys, weight_hash({"dtype": str(bank.keys.dtype)}, {"keys": bank.keys})
+    found = {"stems": [record["stem"] for record in bank.images], "patches": len(bank.y), "keys": bank._cache["key state"][1]}
     return found | ({"encoder": bank.encoder.fingerprint(), "space": bank.space.fingerprint()} if whole else {})
 
 # %% ../nbs/api/16_novelty.ipynb #b93739c8
@@ -259,14 +261,14 @@ def load_novelty(
     path: str | Path,  # written by `Novelty.save`
     bank: MemoryBank,  # the one that it came from; its `novelty` is set
 ) -> Novelty:  # the same
-    "Read limits for a bank. Raises `AoiError` if they belong to another, or the file is broken."
+    "Read limits for a bank. Raises `AoiError` if they belong to another, or the file is broken; older files do not know the keys."
     kept, state = read_json(Path(path)), bank_state(bank, whole=True)
     if missing := [name for name in (*_SAVED, "bank") if name not in kept]:
         raise AoiError(f"{path} has no {missing[0]!r}; a file written by Novelty.save was expected. Calibrate anew.")
     if not all(0 < kept["limits"].get(name, math.nan) < math.inf for name in ("pixel", *SCORES)):
         raise AoiError(f"{path} has the limits {kept['limits']}; a number above 0 was expected for each of pixel, {', '.join(SCORES)}. "
                        "Delete the file and call calibrate_novelty(bank).")
-    if other := [name for name in state if kept["bank"].get(name) != state[name]]:
+    if other := [name for name in state if kept["bank"].get(name) != state[name] and (name != "keys" or name in kept["bank"])]:
         raise AoiError(f"{path} was calibrated for a bank with {other[0]} {kept['bank'].get(other[0])}; this one has {state[other[0]]}. "
                        "Load the bank that belongs to it, or call calibrate_novelty(bank).")
     bank.novelty = Novelty(bank, **{name: kept[name] for name in _SAVED}, state=bank_state(bank))

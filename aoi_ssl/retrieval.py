@@ -290,7 +290,7 @@ def extend_index(
     keys: Tensor,  # (n, d) the last of them
 ) -> None:
     "Deal new keys to the lists that there are; an index of any other kind is made anew when it is needed."
-    index = bank._cache.pop("index", None)
+    index, _ = bank._cache.pop("index", None), bank._cache.pop("key state", None)  # the latter holds the keys that were
     if isinstance(index, IVFIndex) and len(index) + len(keys) == len(bank.keys):
         index = copy(index)  # banks that share the old keys keep the old index
         index._buffers = dict(index._buffers)

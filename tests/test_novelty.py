@@ -19,7 +19,7 @@ from aoi_ssl.novelty import (
     prediction_limit,
 )
 from aoi_ssl.remember import METHODS, make_recipe, remember_image
-from aoi_ssl.retrieval import MemoryBank
+from aoi_ssl.retrieval import MemoryBank, append_rows
 
 P = 4
 HALVES = torch.zeros(3, P, P)  # left bright, right bright, all bright
@@ -76,6 +76,7 @@ def test_what_is_ignored_is_not_judged():
     assert np.isfinite(calibrate_novelty(bank).limits["whole"])
 
 
+RECORD = {"device": "d", "classes": [], "height": 24, "width": 24}
 NOTHING = torch.ones(1, 24, 24, dtype=torch.bool)
 
 
@@ -200,3 +201,26 @@ def test_limits_belong_to_their_bank(tmp_path):
     for use in (lambda: bank.novelty(image), lambda: bank.novelty.judge([image]), lambda: bank.novelty.save(path)):
         with pytest.raises(AoiError, match="changed"):
             use()
+
+
+def replace_last(bank, image):
+    "Forget the last of three images, and remember another under its name."
+    rows = remember_image({"image": image, "mask": torch.zeros_like(image, dtype=torch.bool), "ignore": None}, bank.encoder, number=2)
+    append_rows(bank.remove(stem="i2", calibrate=False), rows, [RECORD | {"stem": "i2"}], [], calibrate=False)
+
+
+def test_another_image_under_the_same_name_is_noticed(tmp_path):
+    images = textures(4)
+    bank, path = bank_of(images[:3]), tmp_path / "novelty.json"
+    calibrate_novelty(bank).save(path)
+    bank.novelty(images[3])
+    replace_last(bank, images[2])
+    assert bank.novelty.verdict(images[3])["whole"] > 0  # the same image again
+    replace_last(bank, images[3])
+    for use in (bank.novelty, bank.novelty.verdict, lambda image: bank.novelty.judge([image]), lambda image: load_novelty(path, bank)):
+        with pytest.raises(AoiError, match="has changed since|with keys"):
+            use(images[3])
+    kept = json.loads(path.read_text())
+    del kept["bank"]["keys"]  # as older versions wrote it
+    path.write_text(json.dumps(kept))
+    assert load_novelty(path, bank_of(images[:3])).limits == kept["limits"]
