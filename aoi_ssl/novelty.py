@@ -21,7 +21,7 @@ from torch import Tensor
 from .core import AoiError, read_json, write_json
 from .crossval import Region, held_out_search, lay_region, region_rows
 from .data import ImageList
-from .encoder import check_images
+from .encoder import check_images, weight_hash
 from .features import embed, grid_corner, shift_offsets
 from .patches import box_mean
 from .recall import lay_rows, search
@@ -53,12 +53,14 @@ def held_out_novelty(
     most: int = 16,  # images that are looked at
     seed: int = 0,  # of the choice of these
 ) -> dict[str, Tensor]:  # stem -> (H, W) as from `novelty_map`; NaN where nothing was labelled
-    "How new each image of a bank is to the rest of it. Raises `AoiError` if there is no rest."
-    if len(bank.images) < 2:
-        raise AoiError(f"The bank has {len(bank.images)} image; two at least were expected, to hold one against the other. Label one "
-                       "more, or pass images= of the same device that are known to be good (they need no labels).")
+    "How new each image of a bank is to the rest of it; one that is ignored all over is left out. Raises `AoiError` if there is no rest."
+    if (count := len(_with_patches(bank))) < 2:
+        raise AoiError(f"The bank has {len(bank.images)} image(s), and labels that count in {count}; two at least were expected, to hold "
+                       "one against the other. Label one more, or pass images= of the same device that are known to be good (they need "
+                       "no labels).")
     folds, shifts = bank.image.long(), shift_offsets(bank.recipe.query_shifts, bank.encoder.patch_size)
-    return {bank.images[number]["stem"]: _held_out(bank, number, folds, shifts) for number in _looked_at(bank, most, seed)}
+    maps = {bank.images[number]["stem"]: _held_out(bank, number, folds, shifts) for number in _looked_at(bank, most, seed)}
+    return {stem: found for stem, found in maps.items() if found.isfinite().any()}
 
 
 def _held_out(bank: MemoryBank, number: int, folds: Tensor, shifts: Sequence[tuple[int, int]]) -> Tensor:
@@ -74,9 +76,16 @@ def _held_out(bank: MemoryBank, number: int, folds: Tensor, shifts: Sequence[tup
             total += lay_region(bank, numbers, rows, region)[0, 0]
     return sums[0] / torch.where(sums[1] > 0, sums[1], torch.nan)
 
+
+def _with_patches(bank: MemoryBank) -> Tensor:
+    "Numbers of the images of a bank that are not ignored all over."
+    return bank.image.long().unique().cpu()
+
+
 def _looked_at(bank: MemoryBank, most: int, seed: int) -> list[int]:
     "Numbers of some images of a bank."
-    return torch.randperm(len(bank.images), generator=torch.Generator().manual_seed(seed))[:most].sort().values.tolist()
+    numbers = _with_patches(bank)
+    return numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))[:most].sort().values].tolist()
 
 # %% ../nbs/api/16_novelty.ipynb #3b61662d
 def nearer_with_all(
@@ -86,13 +95,15 @@ def nearer_with_all(
     seed: int = 0,  # of the choice of these
 ) -> float:  # 0 .. 1: distance to the whole bank as a share of that to all but one image; 1 for two images
     "How much nearer a new image will be to the whole bank than a held-out image is to the rest."
-    count, folds, sums = len(bank.images), bank.image.long(), [0.0, 0.0]
-    if count < 3:
+    there, folds, sums = _with_patches(bank).tolist(), bank.image.long(), [0.0, 0.0]
+    if (count := len(there)) < 3:
         return 1.0
     for number in _looked_at(bank, most, seed):
         region = Region(number, 0, 0, *(bank.images[number][side] for side in ("height", "width")))
         rows = region_rows(bank, region, [(0, 0)])
-        fewer = torch.where(folds == (number + 1) % count, number, folds)
+        if not len(rows):
+            continue
+        fewer = torch.where(folds == there[(there.index(number) + 1) % count], number, folds)
         for place, parts in enumerate((folds, fewer)):
             sums[place] += (1 - held_out_search(bank, rows, parts, 1)[0]).clamp(min=0).sum().item()
     power = math.log(max(sums[1], 1e-9) / max(sums[0], 1e-9)) / math.log((count - 1) / (count - 2))
@@ -107,7 +118,10 @@ def image_scores(
     *,
     area: int = 256,  # pixels of the spot: those of a patch
 ) -> dict[str, float]:  # whole: the mean; spot: what the newest `area` pixels exceed; y and x: where they are newest
-    "How new an image is as a whole, and where it is newest."
+    "How new an image is as a whole, and where it is newest. Raises `AoiError` if nothing is known of any pixel."
+    if not found.isfinite().any():
+        raise AoiError(f"None of the {found.numel()} pixels has a finite novelty; one at least was expected. Leave out an image that is "
+                       "ignored all over.")
     flat = found.nan_to_num(found.nanmean().item())
     y, x = divmod(int(box_mean(flat, round(area**0.5) // 2).argmax()), flat.shape[1])
     return {"whole": flat.mean().item(), "spot": flat.flatten().topk(min(area, flat.numel())).values[-1].item(), "y": y, "x": x}
@@ -167,9 +181,9 @@ class Novelty:
         return f"Novelty(false alarms in {rates}; from {len(self.scores)} good images)"
 
     def _check(self) -> None:
-        if bank_state(self.bank) != self.state:
-            raise AoiError(f"The bank has changed since its novelty was calibrated: it had {len(self.state['stems'])} images and "
-                           f"{self.state['patches']} patches, it has {len(self.bank.images)} and {len(self.bank.y)}. Call "
+        if (state := bank_state(self.bank)) != self.state:
+            then, now = (f"{len(s['stems'])} images, {s['patches']} patches, keys {s['keys']}" for s in (self.state, state))
+            raise AoiError(f"The bank has changed since its novelty was calibrated: it had {then}; it has {now}. Call "
                            "calibrate_novelty(bank) again, or forget it: del bank.novelty.")
 
 
@@ -182,7 +196,9 @@ def bank_state(
     whole: bool = False,  # also encoder and feature space, which takes a moment
 ) -> dict:  # json can hold it
     "What the limits of a bank depend on."
-    found = {"stems": [record["stem"] for record in bank.images], "patches": len(bank.y)}
+    if bank._cache.get("key state", (None,))[0] is not bank.keys:
+        bank._cache["key state"] = bank.keys, weight_hash({"dtype": str(bank.keys.dtype)}, {"keys": bank.keys})
+    found = {"stems": [record["stem"] for record in bank.images], "patches": len(bank.y), "keys": bank._cache["key state"][1]}
     return found | ({"encoder": bank.encoder.fingerprint(), "space": bank.space.fingerprint()} if whole else {})
 
 # %% ../nbs/api/16_novelty.ipynb #b93739c8
@@ -209,7 +225,7 @@ def calibrate_novelty(
         listed = ImageList(images).distinct(without=state["stems"])
         maps = {stem: novelty_map(bank, image) for stem, image in zip(listed.names, listed, strict=True)}
     if len(maps) < 2:
-        raise AoiError(f"{len(maps)} image was given; two good ones at least were expected, to know how much they differ. Pass more.")
+        raise AoiError(f"{len(maps)} image(s) can be judged; two good ones at least were expected, to know how they differ. Pass more.")
     found = {stem: image_scores(one, area=bank.encoder.patch_size**2) for stem, one in maps.items()}
     scores = [{"stem": stem} | {name: score[name] for name in SCORES} for stem, score in found.items()]
     pixels = torch.cat([one[~one.isnan()][:: max(1, one.numel() // 2**18)] for one in maps.values()]).cpu().numpy()
@@ -227,7 +243,7 @@ def judge_map(
     scores = image_scores(found * novelty.limits["pixel"], area=novelty.bank.encoder.patch_size**2)
     ratio = {name: scores[name] / novelty.limits[name] for name in SCORES}
     words = {"whole": "the whole image is new", "spot": f"a new spot at y={scores['y']}, x={scores['x']}"}
-    reason = "; ".join(words[name] for name in SCORES if ratio[name] > 1)
+    reason = "; ".join(words[name] for name in SCORES if not ratio[name] <= 1)
     place = {name: scores[name] for name in ("y", "x")}
     return {"new": (found > 1).float().mean().item(), **ratio, **place, "trusted": not reason, "reason": reason}
 
@@ -245,11 +261,14 @@ def load_novelty(
     path: str | Path,  # written by `Novelty.save`
     bank: MemoryBank,  # the one that it came from; its `novelty` is set
 ) -> Novelty:  # the same
-    "Read limits for a bank. Raises `AoiError` if they belong to another, or the file is broken."
+    "Read limits for a bank. Raises `AoiError` if they belong to another, or the file is broken; older files do not know the keys."
     kept, state = read_json(Path(path)), bank_state(bank, whole=True)
     if missing := [name for name in (*_SAVED, "bank") if name not in kept]:
         raise AoiError(f"{path} has no {missing[0]!r}; a file written by Novelty.save was expected. Calibrate anew.")
-    if other := [name for name in state if kept["bank"].get(name) != state[name]]:
+    if not all(0 < kept["limits"].get(name, math.nan) < math.inf for name in ("pixel", *SCORES)):
+        raise AoiError(f"{path} has the limits {kept['limits']}; a number above 0 was expected for each of pixel, {', '.join(SCORES)}. "
+                       "Delete the file and call calibrate_novelty(bank).")
+    if other := [name for name in state if kept["bank"].get(name) != state[name] and (name != "keys" or name in kept["bank"])]:
         raise AoiError(f"{path} was calibrated for a bank with {other[0]} {kept['bank'].get(other[0])}; this one has {state[other[0]]}. "
                        "Load the bank that belongs to it, or call calibrate_novelty(bank).")
     bank.novelty = Novelty(bank, **{name: kept[name] for name in _SAVED}, state=bank_state(bank))

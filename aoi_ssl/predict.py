@@ -297,6 +297,13 @@ def save_segmenter(
 _MODULES = {"bank": "aoi_ssl.retrieval", "upernet": "aoi_ssl.segment"}  # kind -> the module that defines it
 
 
+def _has_thresholds(classes: object, thresholds: object) -> bool:
+    "Whether a manifest has a list of names, and a number for each."
+    if not (isinstance(classes, list) and isinstance(thresholds, list) and len(classes) == len(thresholds)):
+        return False
+    return all(isinstance(name, str) for name in classes) and all(isinstance(t, int | float) and t == t for t in thresholds)
+
+
 def load_segmenter(
     folder: str | Path,  # written by `Segmenter.save`
     expected: type = Segmenter,  # the class that it should be
@@ -309,8 +316,8 @@ def load_segmenter(
         raise AoiError(f"{folder} has no segmenter.json; a folder saved by a segmenter was expected. {hint}")
     manifest = read_json(folder / "segmenter.json")
     missing = [key for key in ("kind", "classes", "channels", "thresholds") if key not in manifest]
-    if missing or len(manifest["thresholds"]) != len(manifest["classes"]):
-        what = missing or "a threshold for each class"
+    if missing or not _has_thresholds(manifest["classes"], manifest["thresholds"]):
+        what = missing or "a threshold for each class: a list of names and one of numbers"
         raise AoiError(f"{folder / 'segmenter.json'} is damaged (missing: {what}). Restore it, or save it again.")
     kind = manifest["kind"]
     if kind not in Segmenter._kinds and kind in _MODULES:
@@ -323,7 +330,7 @@ def load_segmenter(
     if not issubclass(Segmenter._kinds[kind], expected):
         raise AoiError(f"{folder} holds a segmenter of kind {kind!r}, no {expected.__name__}. Use Segmenter.load.")
     segmenter = Segmenter._kinds[kind]._load(folder, manifest)
-    segmenter.thresholds = torch.tensor(manifest["thresholds"]).to(segmenter.thresholds)
+    segmenter.thresholds = torch.tensor(manifest["thresholds"], dtype=torch.float).to(segmenter.thresholds)
     if (folder / "novelty.json").exists():
         importlib.import_module("aoi_ssl.novelty").load_novelty(folder / "novelty.json", segmenter)
     return segmenter.eval()

@@ -10,6 +10,7 @@ __all__ = ['LEAST_RECALL', 'similarity_weights', 'attention_weights', 'distance_
            'bank_moments', 'fold_moments', 'fit_regression']
 
 # %% ../nbs/api/13_recall.ipynb #7df918aa
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -241,7 +242,8 @@ def image_likeness(
     bank: Bank,  # the bank
     image: Tensor,  # (C, H, W) in [0, 1]
 ) -> dict[str, float]:  # as from `like_devices`
-    "The same for an image. Raises `AoiError` for one that the encoder does not take."
+    "The same for an image. Raises `AoiError` for one that the encoder does not take, and for an empty bank."
+    check_filled(bank)
     grid = embed(bank.encoder, check_images(image[None], bank.channels), size=bank.size)
     return like_devices(bank, to_keys(bank, grid, *image.shape[-2:])[0].flatten(0, 1))
 
@@ -341,8 +343,9 @@ def predict_bank(
     bank: Bank,  # the bank
     images: Tensor,  # (B, C, H, W) in [0, 1], any size
 ) -> Tensor:  # (B, K, H, W) probabilities in [0, 1]
-    "Segment images. Raises `AoiError` for images that the encoder does not take."
+    "Segment images. Raises `AoiError` for images that the encoder does not take, and for an empty bank."
     check_images(images, bank.channels)
+    check_filled(bank)
     if bank.recipe.routes and len(images) > 1:  # each image has a route of its own
         return torch.cat([predict_bank(bank, image[None]) for image in images])
     (height, width), p, sums, devices = images.shape[-2:], bank.encoder.patch_size, {}, None
@@ -387,11 +390,11 @@ def fold_moments(
     bank: Bank,  # the bank
     folds: Tensor,  # (N,) from `patch_folds`
 ) -> dict[int, Moments]:  # of each fold; what was computed before is remembered
-    "Each fold's share in the regression."
+    "Each fold's share in the regression; known by its rows, as another deal may have folds of the same size."
     known, found = bank._cache.setdefault("moments", {}), {}
     for fold in folds[folds >= 0].unique().tolist():
         mine = folds == fold
-        name = (fold, int(mine.nonzero()[0]), int(mine.sum()))
+        name = hashlib.blake2b(mine.nonzero().cpu().numpy()).digest()
         if name not in known:
             known[name] = bank_moments(bank, mine)
         found[fold] = known[name]

@@ -86,13 +86,15 @@ def greedy_cover(
     known: Tensor,  # (n,) distance of each patch to what is known
     n: int,  # images to choose
 ) -> list[tuple[int, Tensor]]:  # each with (n,) what it brings down the distances by
-    "The image that brings the distances down most, then the next, counting what the first has brought; the first of equals."
-    found, left = [], distances.clone()
+    "The image that brings the distances down most, then the next, counting what the first has brought; the first of equals; none twice."
+    found = []
     for _ in range(n):
-        gain = (known - left).clamp(min=0)
-        best = int(gain.sum(1).argmax())
+        gain = (known - distances).clamp(min=0)
+        total = gain.sum(1)
+        total[[image for image, _ in found]] = -torch.inf  # also where nobody gains, each image comes once
+        best = int(total.argmax())
         found.append((best, gain[best]))
-        known, left[best] = torch.minimum(known, distances[best]), torch.inf
+        known = torch.minimum(known, distances[best])
     return found
 
 # %% ../nbs/api/17_suggest.ipynb #1d8771b4
@@ -117,16 +119,20 @@ def suggest_next(
     rows, nothing, whole = [], bank is None or not bank.images, known.sum().clamp(min=1e-9)
     for number, gain in greedy_cover(distances, known, n):
         shares = torch.zeros(len(pool.names)).index_add_(0, owner, gain) / torch.bincount(owner)
-        helped = (shares > shares[number] / 2).sum().item() - 1
-        row = {"row": pool.rows[number], "stem": pool.names[number], "device": pool.devices[number], "score": (gain.sum() / whole).item()}
-        rows.append(row | {"novelty": known[owner == number].mean().item(), "helps": helped, "reason": _reason(rows, helped, nothing)})
+        score, shares[number] = (gain.sum() / whole).item(), shares[number] / 2
+        helped = (shares > shares[number]).sum().item()
+        row = {"row": pool.rows[number], "stem": pool.names[number], "device": pool.devices[number], "score": score}
+        row |= {"novelty": known[owner == number].mean().item(), "helps": helped}
+        rows.append(row | {"reason": _reason(rows, helped, nothing, score)})
     return pd.DataFrame(rows)
 
 
-def _reason(before: list, helped: int, nothing: bool) -> str:
+def _reason(before: list, helped: int, nothing: bool, score: float) -> str:
     "Why an image is suggested, in words."
     if nothing and not before:
         return "most typical of all"
+    if score < 1e-6:
+        return "nothing in it is unknown any more"
     what = "unlike those above" if before else "unlike the bank"
     others = "another is" if helped == 1 else f"{helped} others are"
     return f"{what}, and {others} like it" if helped else f"{what}, and like no other"

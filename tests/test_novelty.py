@@ -19,7 +19,7 @@ from aoi_ssl.novelty import (
     prediction_limit,
 )
 from aoi_ssl.remember import METHODS, make_recipe, remember_image
-from aoi_ssl.retrieval import MemoryBank
+from aoi_ssl.retrieval import MemoryBank, append_rows
 
 P = 4
 HALVES = torch.zeros(3, P, P)  # left bright, right bright, all bright
@@ -33,11 +33,12 @@ def scene(kinds):
 
 
 def bank_of(images, *, recipe=METHODS["paper"], ignore=None, mask=None):
-    "A bank of images that are labelled all over."
+    "A bank of images that are labelled all over; `ignore` is one mask for all, or one for each."
     encoder, parts, records = PixelEncoder(channels=1, patch_size=P, mean=[0.0], std=[1.0]), [], []
     for number, image in enumerate(images):
         here = torch.zeros_like(image, dtype=torch.bool) if mask is None else mask
-        parts.append(remember_image({"image": image, "mask": here, "ignore": ignore}, encoder, recipe=recipe, number=number))
+        each = ignore[number] if isinstance(ignore, list) else ignore
+        parts.append(remember_image({"image": image, "mask": here, "ignore": each}, encoder, recipe=recipe, number=number))
         size = dict(zip(("height", "width"), image.shape[-2:], strict=True))
         records.append({"stem": f"i{number}", "device": "d", "classes": [], **size})
     return MemoryBank(encoder, ["wire"], {name: torch.cat([p[name] for p in parts]) for name in parts[0]}, records, recipe=recipe)
@@ -73,6 +74,43 @@ def test_what_is_ignored_is_not_judged():
     found = held_out_novelty(bank)["i0"]
     assert found[:8].isnan().all() and not found[8:].isnan().any()
     assert np.isfinite(calibrate_novelty(bank).limits["whole"])
+
+
+RECORD = {"device": "d", "classes": [], "height": 24, "width": 24}
+NOTHING = torch.ones(1, 24, 24, dtype=torch.bool)
+
+
+def test_an_image_that_is_ignored_all_over_changes_no_limit(tmp_path):
+    images = textures(4)
+    plain, bank = bank_of(images[:3]), bank_of(images, ignore=[None, None, None, NOTHING])
+    wanted, found = calibrate_novelty(plain), calibrate_novelty(bank)
+    assert found.limits == wanted.limits and [score["stem"] for score in found.scores] == ["i0", "i1", "i2"]
+    assert nearer_with_all(bank) == nearer_with_all(plain) and "from 3 good" in repr(found)
+    first = bank_of([images[3], *images[:3]], ignore=[NOTHING, None, None, None])
+    assert calibrate_novelty(first).limits == wanted.limits
+
+
+def test_where_too_few_images_are_labelled_there_is_no_limit():
+    for ignore in ([None, NOTHING], [NOTHING, None]):
+        bank = bank_of(textures(2), ignore=ignore)
+        with pytest.raises(AoiError, match=r"2 image\(s\), and labels that count in 1; two at least"):
+            calibrate_novelty(bank)
+        assert not hasattr(bank, "novelty")
+    with pytest.raises(AoiError, match="None of the 16 pixels"):
+        image_scores(torch.full((4, 4), torch.nan))
+
+
+def test_a_limit_that_is_no_number_trusts_nothing(tmp_path):
+    bank = bank_of(textures(3))
+    novelty, path = calibrate_novelty(bank), tmp_path / "novelty.json"
+    novelty.save(path)
+    kept = json.loads(path.read_text())
+    kept["limits"]["spot"] = math.nan
+    path.write_text(json.dumps(kept))
+    with pytest.raises(AoiError, match="limits .*nan.* number above 0"):
+        load_novelty(path, bank)
+    novelty.limits["spot"] = math.nan
+    assert not novelty.verdict(textures(1)[0])["trusted"]
 
 
 def test_the_pixel_limit_is_the_quantile_of_good_pixels():
@@ -163,3 +201,26 @@ def test_limits_belong_to_their_bank(tmp_path):
     for use in (lambda: bank.novelty(image), lambda: bank.novelty.judge([image]), lambda: bank.novelty.save(path)):
         with pytest.raises(AoiError, match="changed"):
             use()
+
+
+def replace_last(bank, image):
+    "Forget the last of three images, and remember another under its name."
+    rows = remember_image({"image": image, "mask": torch.zeros_like(image, dtype=torch.bool), "ignore": None}, bank.encoder, number=2)
+    append_rows(bank.remove(stem="i2", calibrate=False), rows, [RECORD | {"stem": "i2"}], [], calibrate=False)
+
+
+def test_another_image_under_the_same_name_is_noticed(tmp_path):
+    images = textures(4)
+    bank, path = bank_of(images[:3]), tmp_path / "novelty.json"
+    calibrate_novelty(bank).save(path)
+    bank.novelty(images[3])
+    replace_last(bank, images[2])
+    assert bank.novelty.verdict(images[3])["whole"] > 0  # the same image again
+    replace_last(bank, images[3])
+    for use in (bank.novelty, bank.novelty.verdict, lambda image: bank.novelty.judge([image]), lambda image: load_novelty(path, bank)):
+        with pytest.raises(AoiError, match="has changed since|with keys"):
+            use(images[3])
+    kept = json.loads(path.read_text())
+    del kept["bank"]["keys"]  # as older versions wrote it
+    path.write_text(json.dumps(kept))
+    assert load_novelty(path, bank_of(images[:3])).limits == kept["limits"]

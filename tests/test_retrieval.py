@@ -1,5 +1,6 @@
 "Patch retrieval: hand-computed cases, the published code's faults, and what happens to bad input."
 
+import hashlib
 import json
 import math
 import os
@@ -7,9 +8,11 @@ import warnings
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from aoi_ssl import recall, retrieval, search
 from aoi_ssl.core import AoiError
@@ -297,6 +300,17 @@ def test_the_best_k_and_thresholds_are_taken(dataset, pixels):
         rows = chosen[chosen["class"] == name]
         assert rows["iou"].max() == rows.loc[(rows["threshold"] - t).abs().idxmin(), "iou"]
     assert len(curves) == 6 * len(CLASSES) * len(THRESHOLDS)
+
+
+@pytest.mark.parametrize("decoder", ["ridge", "mixture"])
+def test_another_deal_of_folds_is_judged_anew(dataset, pixels, decoder):
+    made = [paper_bank(dataset, pixels, decoder=decoder, calibrate=False) for _ in range(2)]
+    made[0].calibrate(folds=2, seed=0)
+    deals = [patch_folds(made[0], folds=2, seed=seed) for seed in (0, 1)]
+    assert not deals[0].equal(deals[1]) and [(d == 1).sum() for d in deals] == [deals[0].sum()] * 2  # another deal, of the same sizes
+    made[0].k, made[0].mix = made[1].k, made[1].mix
+    again, fresh = (bank.calibrate(folds=2, seed=1) for bank in made)
+    pd.testing.assert_frame_equal(again, fresh)
 
 
 def test_what_is_given_is_kept(dataset, pixels):
@@ -688,7 +702,9 @@ def test_a_large_image_is_seen_in_its_middle():
 def test_an_empty_bank_says_that_it_is(tmp_path, dataset, pixels):
     bank = empty_bank(dataset, pixels, method="fast")
     image = dataset[0]["image"]
-    for ask in (lambda b: b.predict(image[None]), lambda b: b.neighbours(image, 0, 0), lambda b: b.explain(image, 0, 0)):
+    for ask in (lambda b: b.predict(image[None]), lambda b: b.neighbours(image, 0, 0), lambda b: b.explain(image, 0, 0),
+                lambda b: b.like_devices(image), lambda b: b.using(routes=1).predict(image[None]),
+                lambda b: b.using(decoder="ridge").predict(image[None]), lambda b: b.using(decoder="mixture").predict(image[None])):
         with pytest.raises(AoiError, match="0 patches"):
             ask(bank)
     with pytest.warns(UserWarning, match="nothing to calibrate on"):
@@ -948,6 +964,10 @@ def test_names_that_are_not_there(bank):
             bank.remove(**which)
         with pytest.raises(AoiError, match=message):
             bank.subset(**which)
+    for which, value in (({"stem": 3}, "3"), ({"device": [None]}, r"\[None\]"), ({"classes": 0.5}, "0.5")):
+        for ask in (bank.remove, bank.subset):
+            with pytest.raises(AoiError, match=f"{[*which][0]} is {value}; a name, or a list of names"):
+                ask(**which)
     for which, message in (({"device": "d001"}, "None of the 5 images"), ({"classes": CLASSES}, "No class would be left")):
         with pytest.raises(AoiError, match=message):
             bank.remove(**which)
@@ -1032,4 +1052,71 @@ def test_rows_of_another_bank_are_refused(tmp_path, bank, dataset, pixels):
     paper_bank(dataset.select([1, 0, 2, 3, 4]), pixels, k=3, calibrate=False).save(tmp_path / "other")
     (tmp_path / "bank" / "bank.safetensors").write_bytes((tmp_path / "other" / "bank.safetensors").read_bytes())
     with pytest.raises(AoiError, match="not the one that segmenter.json was written with"):
+        MemoryBank.load(tmp_path / "bank")
+
+
+def rewritten(folder, **changes):
+    "Change what the manifest of a bank says; None takes it out."
+    path = folder / "segmenter.json"
+    manifest = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if value is not None}))
+
+
+@pytest.mark.parametrize("part", ["keys", "values.table", "known.number", "image", "y", "image_keys"])
+def test_a_bank_with_any_flipped_bytes_is_refused(tmp_path, part):
+    rows = write(tmp_path / "images", 4, shape=(160, 160))
+    paper_bank(rows, PixelEncoder(channels=2, patch_size=8), k=3, calibrate=False).save(tmp_path / "bank")
+    file = tmp_path / "bank" / "bank.safetensors"
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    first, last = json.loads(whole[8:start])[part]["data_offsets"]
+    for place in np.linspace(first, last - 1, 20).astype(int):
+        damaged = bytearray(whole)
+        damaged[start + place] ^= 0xFF
+        file.unlink()  # its pages may be mapped
+        file.write_bytes(damaged)
+        with pytest.raises(AoiError, match="not the one that segmenter.json was written with"):
+            MemoryBank.load(tmp_path / "bank")
+
+
+def test_a_manifest_that_says_something_else_is_refused(tmp_path, bank):
+    bank.save(tmp_path / "bank")
+    good = (tmp_path / "bank" / "segmenter.json").read_text()
+    kept = json.loads(good)
+    for changes in ({"classes": kept["classes"][::-1]}, {"images": kept["images"][::-1]}, {"recipe": kept["recipe"] | {"routes": 1}},
+                    {"images": [kept["images"][0] | {"device": "d9"}, *kept["images"][1:]]}, {"space": "x"}, {"size": 256}):
+        rewritten(tmp_path / "bank", **changes)
+        with pytest.raises(AoiError, match="together with its classes, images and recipe"):
+            MemoryBank.load(tmp_path / "bank")
+        (tmp_path / "bank" / "segmenter.json").write_text(good)
+    for name in ("images", "encoder", "recipe", "bank", "k"):
+        rewritten(tmp_path / "bank", **{name: None})
+        with pytest.raises(AoiError, match=f"cannot be read .KeyError: '{name}'"):
+            MemoryBank.load(tmp_path / "bank")
+        (tmp_path / "bank" / "segmenter.json").write_text(good)
+    rewritten(tmp_path / "bank", thresholds=[0.25, 0.75])  # what is chosen by hand is no part of it
+    assert MemoryBank.load(tmp_path / "bank").thresholds.tolist() == [0.25, 0.75]
+    for thresholds in (["a", "b"], 0.5, [math.nan, 0.5]):
+        rewritten(tmp_path / "bank", thresholds=thresholds)
+        with pytest.raises(AoiError, match="damaged .*threshold for each class"):
+            MemoryBank.load(tmp_path / "bank")
+
+
+def test_a_bank_saved_by_an_older_version_opens(tmp_path, bank, dataset):
+    bank.save(tmp_path / "bank")
+    tensors = load_file(tmp_path / "bank" / "bank.safetensors")
+    old = hashlib.blake2b(digest_size=8)  # of up to 64 rows of each tensor, nothing of the manifest
+    for name in sorted(tensors):
+        old.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        some = torch.cat([tensors[name][:: max(1, len(tensors[name]) // 63)], tensors[name][-1:]]).contiguous()
+        old.update(some.flatten().view(torch.uint8).numpy())
+    rewritten(tmp_path / "bank", bank=old.hexdigest(), fingerprint_of=None)
+    again, image = MemoryBank.load(tmp_path / "bank"), dataset[0]["image"][None]
+    assert again.predict(image).equal(bank.predict(image))
+    for changes in ({"space": "x"}, {"space": [], "images": 5}):
+        rewritten(tmp_path / "bank", **changes)
+        with pytest.raises(AoiError, match="cannot be read"):
+            MemoryBank.load(tmp_path / "bank")
+    rewritten(tmp_path / "bank", bank="0" * 16)
+    with pytest.raises(AoiError, match="not the one"):
         MemoryBank.load(tmp_path / "bank")

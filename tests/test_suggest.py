@@ -76,3 +76,11 @@ def test_teach_suggests_what_is_unlabelled():
     assert handle.names[second][:2] != handle.names[handle.index][:2] and "unlike the bank" in handle.reason
     handle._handle_custom_msg({"kind": "suggest"}, [])
     assert handle.index == second and handle.reason in handle.state["hint"] and handle.error == ""
+
+
+def test_an_image_like_one_above_comes_once_and_last():
+    first, third = family(1, 1)["k1_0"], family(2, 1)["k2_0"]
+    table = suggest_next({"a": first, "b": first, "c": third}, 3, encoder=ENCODER)
+    assert table["row"].tolist() == [0, 2, 1] and table["helps"].tolist() == [1, 0, 0]
+    assert table["score"].iloc[2] < 1e-6 and table["reason"].iloc[2] == "nothing in it is unknown any more"
+    assert [image for image, _ in greedy_cover(torch.zeros(3, 4), torch.zeros(4), 3)] == [0, 1, 2]
