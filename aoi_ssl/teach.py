@@ -47,6 +47,7 @@ from .remember import Recipe, remember_image
 from .retrieval import BANK_TENSORS, MemoryBank, append_rows, empty_bank, shrink_bank, subset_bank
 from .search import MOST_EXACT, ExactIndex
 from .show import Picture, labels_in, taught, taught_classes
+from .similar import check_same_encoder
 from .suggest import suggest_next
 from .widgets import Handle, Planes, TraitValueError, page_module, shown_in
 
@@ -1332,6 +1333,8 @@ def teach(
     if journal == "auto":
         journal = default_journal(pile, classes) if out is None else Path(out) / "teach.jsonl"
     look = {"learning": learning, "light": light, "stretch": stretch, "opacity": opacity}
-    bank = empty_bank(images, encoder, classes, method=method, k=8, seed=seed) if bank is None else bank
+    if bank is None:
+        bank = empty_bank(images, encoder, classes, method=method, k=8, seed=seed)
+    check_same_encoder(bank, encoder)
     handle = Teacher(pile, bank, list(classes), out=out, mask_format=mask_format, journal=journal or None, suggest=suggest, **look)
     return handle.go(index) if index else handle

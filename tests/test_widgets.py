@@ -171,6 +171,11 @@ def test_a_bank_of_another_encoder_is_refused(scene, encoder, bank):
             look(scene[0][0], encoder, held=(0, 0))
 
 
+def test_teach_refuses_the_bank_of_another_encoder(scene, bank):
+    with pytest.raises(AoiError, match="built with"):
+        teach({"a": scene[0][0]}, ViTEncoder("nano", patch_size=8), bank, journal=None)
+
+
 def test_an_empty_bank_says_so(scene, encoder):
     "In the widget as in its twin nothing is searched, and the rest is shown."
     empty = empty_bank({"a": scene[0][0]}, encoder, CLASSES, method="paper")
@@ -620,19 +625,11 @@ def test_widgets_with_a_bank_that_turns_shifts_and_whitens(folder):
     assert len(taught.undo().bank.keys) == before
 
 
-@pytest.mark.parametrize("verb", [explore, inspect, watch])
+@pytest.mark.parametrize("verb", [explore, teach, inspect, watch])
 def test_a_twin_takes_the_arguments_of_its_widget(verb):
-    "In the same order, with the same defaults; only the width of the figure is its own."
+    "In the same order, with the same defaults; only the width of the figure is its own, and the labels of one that nobody painted."
     from inspect import signature
 
     own, twin = (signature(f).parameters for f in (verb, getattr(show, verb.__name__)))
-    assert [n for n in twin if n != "width"] == list(own)
-    assert {n: p.default for n, p in own.items()} == {n: p.default for n, p in twin.items() if n != "width"}
-
-
-def test_explore_and_its_twin_take_a_bank_that_is_empty_yet(scene, encoder):
-    from aoi_ssl.retrieval import empty_bank
-
-    empty = empty_bank([scene[0][0]], encoder, classes=CLASSES)
-    assert explore(scene[0][0], encoder, empty, held=[(0, 0)]).near == []
-    assert show.explore(scene[0][0], encoder, empty, held=[(0, 0)]).alt
+    shared = {n: p.default for n, p in twin.items() if n not in ("width", "labels")}
+    assert list(shared) == list(own) and shared == {n: p.default for n, p in own.items()}
