@@ -26,10 +26,11 @@ from .encoder import Encoder, weight_hash
 from .explain import explain_pixel, find_neighbours, key_frame
 from .features import FeatureSpace, restore_space
 from .predict import Segmenter, judged_rows
-from .recall import bank_devices, bank_index, fit_regression, image_likeness, mask_length, patch_masks, predict_bank
+from .recall import bank_devices, bank_index, check_filled, fit_regression, image_likeness, mask_length, patch_masks
+from .recall import predict_bank
 from .remember import METHODS, RECALL_OPTIONS, Recipe, check_numbers, check_recipe, join_rows, learn_space, make_recipe, recipe_name
 from .remember import remember, remember_image, seeing
-from .search import IVFIndex, MaskRows, load_index, pack_bits, unpack_bits
+from .search import IVFIndex, MaskRows, coreset, load_index, pack_bits, shown_classes, unpack_bits
 
 # %% ../nbs/api/15_retrieval.ipynb #297feae5
 _MASKS = ("values", "known")  # `MaskRows`
@@ -103,7 +104,7 @@ class MemoryBank(Segmenter):
         return shrink_bank(self, **which)
 
     def subset(self, **which) -> "MemoryBank":
-        "A new bank of some images, devices or classes; see `subset_bank`."
+        "A new bank of some images, devices or classes, or of so many patches; see `subset_bank`."
         return subset_bank(self, **which)
 
     def merge(self, other: "MemoryBank", *, calibrate: bool = True) -> "MemoryBank":
@@ -234,7 +235,8 @@ def build_bank(
     numbers = {"k": 5 if k is None else k, "beta": 0.1 if beta is None else beta, "mix": 0.2 if mix is None else mix}
     check_numbers(**numbers)
     if size % encoder.patch_size:
-        raise AoiError(f"size is {size}; a multiple of the patch size {encoder.patch_size} was expected. Try 512.")
+        p = encoder.patch_size
+        raise AoiError(f"size is {size}; a multiple of the patch size {p} was expected. Try {max(p, size - size % p)}.")
     if space is None and len(dataset):
         space = learn_space(dataset, encoder, method=recipe, size=size, seed=seed)
     contents = remember(dataset, seeing(encoder, recipe), recipe=recipe, space=space, size=size, progress=progress)
@@ -382,12 +384,15 @@ def subset_bank(
     stem: str | Sequence[str] | None = None,  # only these images
     device: str | Sequence[str] | None = None,  # only images of these devices
     classes: str | Sequence[str] | None = None,  # only these classes
-    calibrate: bool = True,  # choose the thresholds anew
+    patches: int | None = None,  # at most so many: those that would be missed most, with equal room for every class (`search.coreset`)
+    calibrate: bool = True,  # choose the thresholds anew, before patches are left out
 ) -> MemoryBank:  # with the same recipe and feature space
-    "A new bank of some images or classes. Raises `AoiError` for a name that the bank does not have."
+    "A new bank of some images, classes or patches. Raises `AoiError` for a name that the bank does not have, and for no patch at all."
     keep = _chosen_images(bank, stem, device)
     kept = bank.classes if classes is None else [n for n in bank.classes if n in _chosen_classes(bank, classes)]
-    return _reduced(bank, keep, kept, calibrate)
+    whole = patches is not None and all(keep) and kept == bank.classes
+    made = bank if whole else _reduced(bank, keep, kept, calibrate)
+    return made if patches is None else _thinned(made, patches)
 
 
 def shrink_bank(
@@ -422,6 +427,18 @@ def _reduced(bank: MemoryBank, keep: Sequence[bool], classes: list[str], calibra
     made = _with_rows(bank, tensors, images, lights, classes=classes)
     made.thresholds = bank.thresholds[places].clone()
     return _changed(made, calibrate)
+
+
+def _thinned(bank: MemoryBank, patches: int) -> MemoryBank:
+    "A new bank of so many patches; `k` and thresholds stay, for what is left are the hard cases, by which nothing should be judged."
+    if not isinstance(patches, int) or isinstance(patches, bool) or patches < 1:
+        raise AoiError(f"patches is {patches!r}; a whole number from 1 was expected. The bank has {len(bank.keys)}.")
+    check_filled(bank)
+    shown = shown_classes(bank.values.table, len(bank.classes), mask_length(bank))[bank.values.number.long()]
+    rows = coreset(bank.keys.float(), patches, classes=shown)
+    tensors = {name: getattr(bank, name)[rows] for name in BANK_TENSORS if name not in (*_MASKS, "image_keys")}
+    tensors |= {"values": bank.values.keep(rows), "known": bank.known.keep(rows), "image_keys": bank.image_keys}
+    return _changed(_with_rows(bank, tensors, bank.images, bank.lights), calibrate=False)
 
 # %% ../nbs/api/15_retrieval.ipynb #105ebcdc
 def space_sample(

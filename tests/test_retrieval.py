@@ -1120,3 +1120,28 @@ def test_a_bank_saved_by_an_older_version_opens(tmp_path, bank, dataset):
     rewritten(tmp_path / "bank", bank="0" * 16)
     with pytest.raises(AoiError, match="not the one"):
         MemoryBank.load(tmp_path / "bank")
+
+
+def test_a_bank_of_fewer_patches(dataset, pixels, tmp_path):
+    "Those that would be missed most; every class stays, and so do thresholds, k and the images."
+    bank = build_bank(dataset, pixels, method="paper", k=3)
+    small = bank.subset(patches=30)
+    assert len(small.keys) == 30 and len(bank.keys) > 50 and small.k == bank.k and small.thresholds.equal(bank.thresholds)
+    whole, left = bank.frame(), small.frame()
+    places = ["stem", "y", "x", *bank.classes]
+    assert len(left[places].merge(whole[places].drop_duplicates(), how="left", indicator=True).query("_merge == 'both'")) == 30
+    assert (left[bank.classes].any() == whole[bank.classes].any()).all()
+    image = dataset[0]["image"][None]
+    again = load_segmenter(small.save(tmp_path / "small") or tmp_path / "small")
+    assert again.predict(image).equal(small.predict(image)) and small.predict(image).shape == bank.predict(image).shape
+    assert bank.subset(patches=10**6).keys.equal(bank.keys)
+    one = bank.subset(stem=bank.images[0]["stem"], patches=5, calibrate=False)
+    assert len(one.keys) == 5 and len(one.images) == 1
+    for wrong in (0, -1, 2.5, True):
+        with pytest.raises(AoiError, match="patches is .*whole number from 1"):
+            bank.subset(patches=wrong)
+
+
+def test_a_size_that_the_patches_do_not_divide_names_one_that_they_do(dataset):
+    with pytest.raises(AoiError, match="size is 512; a multiple of the patch size 14 .* Try 504"):
+        build_bank(dataset, PixelEncoder(channels=dataset[0]["image"].shape[0], patch_size=14), method="paper")
