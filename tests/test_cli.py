@@ -131,13 +131,13 @@ def test_the_whole_way_from_command_to_command(folder, tmp_path, monkeypatch):
 )
 def test_every_objective_and_going_on_from_an_encoder_write_one_that_opens(folder, tmp_path, words):
     from aoi_ssl.encoder import Encoder
-    from aoi_ssl.watch import read_run
+    from aoi_ssl.runs import read_run
 
     out = tmp_path / "encoder"
     result = aoi_command("pretrain", folder, "--budget", "1 steps", "-o", out, *words)
     assert result.exit_code == 0 and "1 steps, last loss" in result.output, result.output
-    history, _, running = read_run(out)
-    assert len(history) == 1 and not running
+    run = read_run(out)
+    assert len(run.history) == 1 and not run.live
     if words[0] == "--from":
         shipped, adapted = Encoder.from_pretrained("aoi-mae-small"), Encoder.from_pretrained(out)
         assert adapted.dim == 384 and torch.equal(adapted.mean, shipped.mean)
