@@ -326,6 +326,9 @@ def test_explore_by_keyboard_and_after_a_reload(bench):
     b.page.get_by_role("alert").filter(has_text="light=9").wait_for()
     assert b.ask()["light"] == "colour"
     b.shoot("explore-error")
+    b.page.get_by_role("radio", name="Light 0").focus()
+    b.page.keyboard.press("ArrowRight")
+    assert b.ask(until=lambda a: a["light"] == 1)["light"] == 1
     b.page.keyboard.press("Control+s")
     b.page.wait_for_timeout(500)
     b.page.reload()

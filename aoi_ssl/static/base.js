@@ -110,7 +110,15 @@ export function choice(model, name, label, options, { list = options.length > 4,
     type: "button", class: "aoi-part", role: "radio", title: o.title ?? `${label}: ${o.text}`, onclick: () => put(model, { [name]: o.value }),
   }, o.text));
   watchTraits(model, name, () => buttons.forEach((b, i) => b.setAttribute("aria-checked", String(options[i].value === model.get(name)))));
-  const group = make("span", { class: "aoi-parts", role: "radiogroup", "aria-label": label }, buttons);
+  const along = (e) => {  // the arrow keys choose, as in any group of radio buttons
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[e.key], at = buttons.indexOf(e.target);
+    if (!step || at < 0) return;
+    e.preventDefault();
+    const next = buttons[(at + step + buttons.length) % buttons.length];
+    next.focus();
+    next.click();
+  };
+  const group = make("span", { class: "aoi-parts", role: "radiogroup", "aria-label": label, onkeydown: along }, buttons);
   return make("span", { class: "aoi-field" }, make("span", {}, label), group);
 }
 

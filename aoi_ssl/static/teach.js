@@ -64,7 +64,7 @@ class Teacher {
     this.tools = TOOLS.map(([name, title]) => [name, button(title, () => this.pick(name), { glyph: name, "aria-pressed": "false" })]);
     this.undo = button("Undo (Ctrl+Z)", () => this.send("undo"), { glyph: "undo" });
     this.redo = button("Redo (Ctrl+Shift+Z)", () => this.send("redo"), { glyph: "redo" });
-    bar.append(make("span", { class: "aoi-group", role: "radiogroup", "aria-label": "tool" }, this.tools.map(([, b]) => b)),
+    bar.append(make("span", { class: "aoi-group", role: "group", "aria-label": "tool" }, this.tools.map(([, b]) => b)),
       slider(model, "size", "Width", { min: 1, max: 64, step: 1, digits: 0, title: "Width of brush, line and eraser in pixels" }),
       slider(model, "tolerance", "Tolerance", { min: 0, max: 0.5, title: "How far the grey value may differ for the flood" }),
       toggle(model, "only", "Replace", "What is painted has this class only; otherwise classes overlap"),
@@ -74,7 +74,7 @@ class Teacher {
     this.swatches = this.classes.map((name, k) => swatch(name, colours[k], { onclick: () => put(model, { brush: name }) }));
     this.swatches.push(swatch("background", [120, 128, 136], { onclick: () => put(model, { brush: "background" }) }));
     this.swatches.forEach((s, k) => (s.title = k < this.classes.length ? `Paint ${this.classes[k]} (${k + 1})` : "Paint what is none of the classes (0)"));
-    this.palette = make("div", { class: "aoi-bar aoi-palette", role: "radiogroup", "aria-label": "class" }, make("span", { class: "aoi-note" }, "Paint"), this.swatches);
+    this.palette = make("div", { class: "aoi-bar aoi-palette", role: "group", "aria-label": "class" }, make("span", { class: "aoi-note" }, "Paint"), this.swatches);
     bar.after(this.palette);
   }
 
