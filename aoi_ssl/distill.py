@@ -546,7 +546,7 @@ def _student_and_teacher(config, crops: CropStore, seed: int, objective: str, po
     model = new_distillation(new_vit(config, seed=seed), objective=objective, pool=pool, seed=seed, **head).to(device)
     return model, ViTEncoder(model.teacher.vit, mean=crops.mean, std=crops.std).to(device)
 
-
+# %% ../nbs/api/10_distill.ipynb #d5e8af76
 def distill(
     dataset,  # images to learn from, of data.load_folder; labels are not read
     out: str | Path | None = None,  # the folder to write; nothing is written by default

@@ -79,7 +79,7 @@ def make_recipe(
     check_recipe(recipe)
     return recipe
 
-
+# %% ../nbs/api/13_remember.ipynb #c0835c12
 def check_recipe(
     recipe: Recipe,  # to be used
 ) -> None:
@@ -117,7 +117,7 @@ def check_recipe(
             f"decoder {recipe.decoder!r}; whole images are compared on one grid only. Use method='paper' with it."
         )
 
-
+# %% ../nbs/api/13_remember.ipynb #2aeb386d
 def seeing(
     encoder: Encoder,  # as it is given
     recipe: Recipe,  # of a bank
@@ -126,7 +126,7 @@ def seeing(
     encoder = with_layers(encoder, recipe.layers)
     return in_bfloat16(encoder) if recipe.bfloat16 else encoder
 
-
+# %% ../nbs/api/13_remember.ipynb #e028ec85
 def recipe_name(
     recipe: Recipe,  # of a bank
 ) -> str:  # in METHODS, or "custom"
@@ -204,14 +204,14 @@ def remember_image(
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return rows | {"image": torch.full_like(rows["y"], number), "image_keys": whole}
 
-
+# %% ../nbs/api/13_remember.ipynb #1b5c563d
 def class_edges(
     mask: Tensor,  # (K, H, W) bool
 ) -> Tensor:  # (H, W) bool
     "Pixels that differ in some class from the one below or to the right."
     return F.pad((mask[:, 1:] != mask[:, :-1]).any(0), (0, 0, 0, 1)) | F.pad((mask[:, :, 1:] != mask[:, :, :-1]).any(0), (0, 1))
 
-
+# %% ../nbs/api/13_remember.ipynb #96bd27a1
 def _image_keys(image: Tensor, encoder: Encoder, recipe: Recipe, space: FeatureSpace, size: int) -> Iterator[tuple]:
     "Shift, keys (R, C, d) and mean embedding (D,) of every grid of an image: those that are encoded, then those between."
     p, (height, width), grids = encoder.patch_size, image.shape[-2:], []
@@ -224,7 +224,7 @@ def _image_keys(image: Tensor, encoder: Encoder, recipe: Recipe, space: FeatureS
         rows, columns = (-(-(n - start) // p) for n, start in zip((height, width), grid_corner(shift, p), strict=True))
         yield shift, F.normalize(keys[:rows, :columns], dim=-1), None
 
-
+# %% ../nbs/api/13_remember.ipynb #9ec65055
 def _remember_grid(
     keys: Tensor,  # (R, C, d); NaN: not to be remembered
     mask: Tensor,  # (K, H, W) bool, False where not known

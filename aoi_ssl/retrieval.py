@@ -325,7 +325,7 @@ def _chosen_images(
         chosen = [c and name in names for c, name in zip(chosen, there, strict=True)]
     return chosen
 
-
+# %% ../nbs/api/15_retrieval.ipynb #6def081b
 def _names(what: str, names: object) -> list[str]:
     "One name or several, as a list. Raises `AoiError` for anything else."
     listed = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
@@ -333,7 +333,7 @@ def _names(what: str, names: object) -> list[str]:
         raise AoiError(f"{what} is {names!r}; a name, or a list of names, was expected. The names are in bank.images and bank.classes.")
     return listed
 
-
+# %% ../nbs/api/15_retrieval.ipynb #aea0db01
 def _chosen_classes(
     bank: MemoryBank,  # the bank
     classes: str | Sequence[str],  # names of classes
@@ -343,6 +343,12 @@ def _chosen_classes(
     if missing := [name for name in classes if name not in bank.classes]:
         raise AoiError(f"The bank has no class {missing[0]!r}; some of {', '.join(bank.classes)} were expected.")
     return classes
+
+# %% ../nbs/api/15_retrieval.ipynb #f37741f0
+def _rows_of(bank: MemoryBank, rows: Tensor) -> dict[str, Tensor | MaskRows]:
+    "Some of the rows (bool, or numbers) of a bank; the keys of its images as they are."
+    tensors = {name: getattr(bank, name)[rows] for name in BANK_TENSORS if name not in (*_MASKS, "image_keys")}
+    return tensors | {"values": bank.values.keep(rows), "known": bank.known.keep(rows), "image_keys": bank.image_keys}
 
 
 def _keep_images(
@@ -354,13 +360,12 @@ def _keep_images(
         raise AoiError(f"None of the {len(keep)} images of the bank would be left; a bank needs at least one. Build another.")
     flags = torch.tensor(keep, device=bank.keys.device)
     rows = flags[bank.image.long()]
-    tensors = {name: getattr(bank, name)[flags if name == "image_keys" else rows] for name in BANK_TENSORS if name not in _MASKS}
-    tensors |= {"values": bank.values.keep(rows), "known": bank.known.keep(rows)}
+    tensors = _rows_of(bank, rows) | {"image_keys": bank.image_keys[flags]}
     tensors["image"] = (flags.cumsum(0) - 1).int()[tensors["image"].long()]
     images, lights = ([x for x, there in zip(part, keep, strict=False) if there] for part in (bank.images, bank.lights))
     return tensors, images, lights
 
-
+# %% ../nbs/api/15_retrieval.ipynb #062139b8
 def _keep_classes(
     bank: MemoryBank,  # stays as it is
     tensors: dict[str, Tensor],  # its rows
@@ -394,7 +399,7 @@ def subset_bank(
     made = bank if whole else _reduced(bank, keep, kept, calibrate)
     return made if patches is None else _thinned(made, patches)
 
-
+# %% ../nbs/api/15_retrieval.ipynb #eaf49422
 def shrink_bank(
     bank: MemoryBank,  # changed in place
     *,
@@ -415,7 +420,7 @@ def shrink_bank(
     bank.thresholds, bank._cache = made.thresholds, made._cache
     return bank
 
-
+# %% ../nbs/api/15_retrieval.ipynb #08da77f5
 def _reduced(bank: MemoryBank, keep: Sequence[bool], classes: list[str], calibrate: bool) -> MemoryBank:
     "A new bank of some of the images, with some of the classes."
     if not classes:
@@ -428,7 +433,7 @@ def _reduced(bank: MemoryBank, keep: Sequence[bool], classes: list[str], calibra
     made.thresholds = bank.thresholds[places].clone()
     return _changed(made, calibrate)
 
-
+# %% ../nbs/api/15_retrieval.ipynb #43125fa5
 def _thinned(bank: MemoryBank, patches: int) -> MemoryBank:
     "A new bank of so many patches; `k` and thresholds stay, for what is left are the hard cases, by which nothing should be judged."
     if not isinstance(patches, int) or isinstance(patches, bool) or patches < 1:
@@ -436,9 +441,7 @@ def _thinned(bank: MemoryBank, patches: int) -> MemoryBank:
     check_filled(bank)
     shown = shown_classes(bank.values.table, len(bank.classes), mask_length(bank))[bank.values.number.long()]
     rows = coreset(bank.keys.float(), patches, classes=shown)
-    tensors = {name: getattr(bank, name)[rows] for name in BANK_TENSORS if name not in (*_MASKS, "image_keys")}
-    tensors |= {"values": bank.values.keep(rows), "known": bank.known.keep(rows), "image_keys": bank.image_keys}
-    return _changed(_with_rows(bank, tensors, bank.images, bank.lights), calibrate=False)
+    return _changed(_with_rows(bank, _rows_of(bank, rows), bank.images, bank.lights), calibrate=False)
 
 # %% ../nbs/api/15_retrieval.ipynb #105ebcdc
 def space_sample(
@@ -536,7 +539,7 @@ def bank_fingerprint(
     shapes = {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in tensors.items()}
     return weight_hash({"tensors": shapes} | {name: manifest[name] for name in _FACTS}, tensors)
 
-
+# %% ../nbs/api/15_retrieval.ipynb #16ea1f5a
 def _sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     "What manifests without `fingerprint_of` hold: of up to 64 rows of each tensor."
     digest = hashlib.blake2b(digest_size=8)
@@ -548,7 +551,7 @@ def _sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(some.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-
+# %% ../nbs/api/15_retrieval.ipynb #035d9037
 def _save_bank(
     bank: MemoryBank,  # the bank
     folder: Path,  # being filled by `save_segmenter`
@@ -568,14 +571,14 @@ def _save_bank(
     facts = recipe | options | {"classes": bank.classes, "channels": bank.channels, "patches": len(bank.keys), "images": bank.images}
     return facts | {"encoder": bank.encoder.fingerprint(), "bank": bank_fingerprint(tensors, facts), "fingerprint_of": "all"}
 
-
+# %% ../nbs/api/15_retrieval.ipynb #9648888f
 def _index_state(bank: MemoryBank) -> dict[str, Tensor]:
     "The lists of a large bank, so that it opens as quickly as a small one; no copy of its keys."
     if bank.recipe.granularity == "image" or not isinstance(index := bank_index(bank), IVFIndex):
         return {}
     return {f"index.{name}": tensor.reshape(-1) if not tensor.ndim else tensor for name, tensor in index.state().items() if name != "codes"}
 
-
+# %% ../nbs/api/15_retrieval.ipynb #12d06038
 def _restore_index(bank: MemoryBank, tensors: Mapping[str, Tensor]) -> None:
     "Lists from a file."
     state = {name.removeprefix("index."): tensor for name, tensor in tensors.items() if name.startswith("index.")}
@@ -583,7 +586,7 @@ def _restore_index(bank: MemoryBank, tensors: Mapping[str, Tensor]) -> None:
         state |= {name: state[name][0] for name in ("reach", "made_for")}
         bank._cache["index"] = load_index({**state, "codes": bank.keys})
 
-
+# %% ../nbs/api/15_retrieval.ipynb #49941b7f
 def _load_bank(
     folder: Path,  # made by `save_segmenter`
     manifest: Mapping,  # its segmenter.json
@@ -596,7 +599,7 @@ def _load_bank(
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as e:
         raise AoiError(f"The bank in {folder} cannot be read ({type(e).__name__}: {e}). Copy it again, whole.") from e
 
-
+# %% ../nbs/api/15_retrieval.ipynb #9e9ec6a3
 def _read_bank(folder: Path, manifest: Mapping) -> MemoryBank:
     "The bank, if encoder, rows and manifest are those of one bank."
     encoder = Encoder.from_pretrained(folder / "encoder", channels=manifest["channels"])

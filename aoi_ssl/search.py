@@ -133,7 +133,7 @@ class Index(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
-
+# %% ../nbs/api/12_search.ipynb #1912ed9c
 def _decoded(
     index: Index,  # with codes and scale
     *,
@@ -142,7 +142,7 @@ def _decoded(
     "All keys, a block at a time."
     return map(decode_keys, index.codes.split(block), index.scale.split(block))
 
-
+# %% ../nbs/api/12_search.ipynb #7f5073c4
 def _kept(
     count: int,  # rows there are
     rows: Tensor,  # (n,) rows to remove
@@ -335,7 +335,7 @@ def list_count(
     "How many lists share the work evenly: to compare with all centres, and with the keys of a few lists."
     return max(1, int(1.6 * keys**0.5))
 
-
+# %% ../nbs/api/12_search.ipynb #3d45952b
 class IVFIndex(Index):
     "Looks at the keys in the lists around the nearest centres: an inverted file."
 

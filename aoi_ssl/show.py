@@ -699,7 +699,7 @@ def inspected(
     maps = novelty if overlay == "novelty" else maps
     return _heat_maps(image, maps, overlay, alpha=min(1.0, opacity + 0.35), **how)
 
-
+# %% ../nbs/api/17_show.ipynb #455dddc0
 def check_overlay(
     overlay: str,  # what is to be laid over an image
     has_truth: bool,  # whether there is a truth
@@ -710,7 +710,7 @@ def check_overlay(
     if overlay == "errors" and not has_truth:
         raise AoiError("overlay='errors' needs a truth to compare with. Pass truth, or choose 'mask', 'probability' or 'none'.")
 
-
+# %% ../nbs/api/17_show.ipynb #7c9b2dbc
 def _heat_maps(image, found: NoveltyMaps, what: str, *, alpha: float, light, stretch: bool, width: float) -> Picture:
     "One panel for each map over the image, on one colour scale."
     image, ends = checked_image(image), tuple(found.limits)
@@ -761,7 +761,7 @@ def teach(
         items.append((listed.names[i], image, mask, known, predicted))
     return taught(items, classes, light=light, stretch=stretch, opacity=opacity, width=width)
 
-
+# %% ../nbs/api/17_show.ipynb #8ee387f8
 def taught_classes(
     listed: ImageList,  # the images
     bank: object,  # a Segmenter, or None
@@ -777,7 +777,7 @@ def taught_classes(
         )
     return list(classes)
 
-
+# %% ../nbs/api/17_show.ipynb #4cff753a
 def labels_in(
     listed: ImageList,  # the images
     index: int,  # of one
@@ -791,7 +791,7 @@ def labels_in(
     unknown = np.zeros(shape, bool) if item["ignore"] is None else as_array(item["ignore"]).any(0)
     return as_array(item["mask"]) & ~unknown, ~unknown
 
-
+# %% ../nbs/api/17_show.ipynb #55ec4fdd
 def taught(
     items: Sequence[
         tuple
@@ -860,7 +860,7 @@ def _no_step_yet(width: float) -> Picture:
     write_text(figure, EDGE, EDGE, figure.alt)
     return figure
 
-
+# %% ../nbs/api/17_show.ipynb #d42f79d1
 def held_pixel(
     held: Sequence[int],  # (y, x)
     shape: tuple[int, int] | None,  # height and width of the image; None: there is none
@@ -873,7 +873,7 @@ def held_pixel(
         raise AoiError(f"held={held!r}; a pixel (y, x) of the image of {shape[0]} x {shape[1]} pixels was expected. Count from 0.")
     return [int(n) for n in held]
 
-
+# %% ../nbs/api/17_show.ipynb #d1dc5edc
 def limits_over_time(
     maps: Mapping[str, np.ndarray],  # name -> (h, w) cosines to one patch
     held: Sequence[int] | None,  # (y, x) of that patch, pixels
@@ -883,7 +883,7 @@ def limits_over_time(
     one = [] if held is None else [{"image": 0, "row": held[0] // patch, "column": held[1] // patch}]
     return [list(scale_limits([m], one)) for m in maps.values()]
 
-
+# %% ../nbs/api/17_show.ipynb #628d8c96
 def watched(
     histories: Mapping[str, pd.DataFrame],  # name -> history
     rebuilt: object = None,  # a `pretrain.Reconstruction` of one image, if there is one

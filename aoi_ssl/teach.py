@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TOOLS', 'JOURNAL', 'BOX', 'tube', 'flood', 'stroke_mask', 'Labels', 'Journal', 'pack_labels', 'unpack_labels', 'Pile',
-           'default_journal', 'other_journals', 'memory_of', 'learn_image', 'forget_image', 'image_keys', 'predict_box',
-           'boxes_of', 'TeachTraits', 'TeachState', 'Teacher', 'teach_do', 'apply_step', 'replay', 'kept_words',
-           'teach_learn', 'kept_grids', 'learn_rest', 'Draft', 'teach_draft', 'predict_more', 'teach_predict',
-           'catch_up', 'soon', 'settle', 'one_sided', 'teach_calibrate', 'whole_images', 'whole_bank', 'tell_cuts',
-           'cuts_moved', 'keep_by_hand', 'set_threshold', 'bank_state', 'bank_kind', 'teach_notice', 'after_cells',
-           'restore_cuts', 'odd_shares', 'suggestions', 'next_unlabelled', 'teach_planes', 'teach_show', 'teach_went',
-           'teach_send', 'send_labels', 'send_boxes', 'teach_state', 'teach_progress', 'save_labels', 'mask_files',
-           'teach_answer', 'teach_save', 'teach_picture', 'teach']
+           'default_journal', 'other_journals', 'memory_of', 'learn_image', 'forget_image', 'boxes_of', 'TeachTraits',
+           'TeachState', 'Teacher', 'teach_do', 'apply_step', 'replay', 'kept_words', 'teach_learn', 'kept_grids',
+           'learn_rest', 'Draft', 'teach_draft', 'predict_more', 'teach_predict', 'catch_up', 'soon', 'settle',
+           'one_sided', 'teach_calibrate', 'whole_images', 'whole_bank', 'tell_cuts', 'cuts_moved', 'keep_by_hand',
+           'set_threshold', 'bank_state', 'bank_kind', 'teach_notice', 'after_cells', 'restore_cuts', 'odd_shares',
+           'suggestions', 'next_unlabelled', 'teach_planes', 'teach_show', 'teach_went', 'teach_send', 'send_labels',
+           'send_boxes', 'teach_state', 'teach_progress', 'save_labels', 'mask_files', 'teach_answer', 'teach_save',
+           'teach_picture', 'teach']
 
 # %% ../nbs/api/21_teach.ipynb #1da2ba71
 import asyncio
@@ -39,10 +39,8 @@ from torch import Tensor
 from .canvas import checked_image
 from .core import AoiError, atomic_path, write_json
 from .data import ImageList
-from .features import embed, grid_corner, shift_offsets
 from .masks import fill_polygon, mask_format_of, write_mask
-from .patches import guided_filter
-from .recall import lay_rows, like_devices, recall, regress, search_keys, shared, to_keys, voices
+from .recall import predict_box, query_keys
 from .remember import Recipe, remember_image
 from .retrieval import BANK_TENSORS, MemoryBank, append_rows, empty_bank, shrink_bank, subset_bank
 from .search import MOST_EXACT, ExactIndex
@@ -342,46 +340,6 @@ def forget_image(
 
 # %% ../nbs/api/21_teach.ipynb #c5e06428
 BOX = 512  # pixels, side of what is predicted at once
-
-
-def image_keys(
-    bank: MemoryBank,  # whose encoder and space count
-    image: np.ndarray,  # (C, H, W) in [0, 1]
-) -> dict[tuple[int, int], Tensor]:  # shift -> (R, C, d) of length 1
-    "The keys of an image on each grid that a prediction asks."
-    image, p = torch.as_tensor(image)[None], bank.encoder.patch_size
-    found = {}
-    for shift in shift_offsets(bank.recipe.query_shifts, p):
-        grid = embed(bank.encoder, image, size=bank.size, shift=shift)
-        found[shift] = to_keys(bank, grid, *image.shape[-2:], shift)[0]
-    return found
-
-
-def predict_box(
-    bank: MemoryBank,  # with patches; granularity "patch"
-    image: np.ndarray,  # (C, H, W) in [0, 1]
-    keys: Mapping[tuple[int, int], Tensor],  # of the image, from `image_keys`
-    box: tuple[int, int, int, int],  # top, bottom, left, right, pixels
-) -> np.ndarray:  # (K, bottom - top, right - left) probabilities
-    "What `bank.predict` says of a part of an image."
-    recipe, p, sums, rim = bank.recipe, bank.encoder.patch_size, {}, 2 * bank.recipe.refine
-    wide = [(max(0, a - rim), min(n, b + rim)) for a, b, n in zip(box[::2], box[1::2], image.shape[1:], strict=True)]
-    (top, bottom), (left, right) = wide
-    devices = [*like_devices(bank, keys[0, 0].flatten(0, 1))][: recipe.routes] if recipe.routes else None
-    for shift, grid in keys.items():
-        corner = grid_corner(shift, p)
-        spans = [(max(0, (a - recipe.halo - c) // p), -(-(b + recipe.halo - c) // p)) for (a, b), c in zip(wide, corner, strict=True)]
-        part = grid[None, slice(*spans[0]), slice(*spans[1])]
-        begin = tuple(c + first * p - a for c, (first, _), (a, _) in zip(corner, spans, wide, strict=True))
-        for who in voices(bank):
-            asked = part.flatten(0, 2)
-            found = regress(asked, bank.regression) if who == "ridge" else recall(bank, *search_keys(bank, asked, bank.k, devices))
-            laid = [lay_rows(bank, numbers, part.shape[:3], bottom - top, right - left, begin) for numbers in found]
-            sums[who] = [a + b for a, b in zip(sums[who], laid, strict=True)] if who in sums else laid
-    result = shared(sums, voices(bank))
-    if recipe.refine:
-        result = guided_filter(result, torch.as_tensor(image)[None, :, top:bottom, left:right].to(result), radius=recipe.refine)
-    return result[0, :, box[0] - top : box[1] - top, box[2] - left : box[3] - left].clamp(0, 1).cpu().numpy()
 
 
 def boxes_of(
@@ -763,8 +721,8 @@ def predict_more(
         with memory_of(bank.encoder, handle._windows):
             if bank.recipe.granularity == "patch":
                 if index not in handle._keys:
-                    handle._keys = dict([*handle._keys.items()][-3:]) | {index: image_keys(bank, image)}
-                found = predict_box(bank, image, handle._keys[index], box)
+                    handle._keys = dict([*handle._keys.items()][-3:]) | {index: query_keys(bank, torch.as_tensor(image))}
+                found = predict_box(bank, torch.as_tensor(image), handle._keys[index], box).cpu().numpy()
             else:
                 found = bank.predict(torch.as_tensor(image)[None])[0].clamp(0, 1).cpu().numpy()
         found[one_sided(handle)] = 0
@@ -800,7 +758,7 @@ def catch_up(
                 yield
     teach_state(handle)
 
-
+# %% ../nbs/api/21_teach.ipynb #e9ad630d
 def soon(
     handle: TeachState,  # what it shows is to be predicted
     *,
@@ -816,7 +774,7 @@ def soon(
     handle._work = catch_up(handle)
     handle._timer = loop.call_later(wait, _part, handle, loop)
 
-
+# %% ../nbs/api/21_teach.ipynb #9792594e
 def settle(
     handle: TeachState,  # its bank learns; the page is told
 ) -> Teacher:  # the same
@@ -827,14 +785,14 @@ def settle(
             pass
     return handle
 
-
+# %% ../nbs/api/21_teach.ipynb #8d217203
 def _stop(handle: TeachState) -> None:
     "Leave what is to be done."
     if handle._timer is not None:
         handle._timer.cancel()
     handle._timer = None
 
-
+# %% ../nbs/api/21_teach.ipynb #86c1423e
 def _part(handle: TeachState, loop: asyncio.AbstractEventLoop) -> None:
     "Do one part, then let the loop see to what has come."
     handle._timer = None
@@ -844,7 +802,7 @@ def _part(handle: TeachState, loop: asyncio.AbstractEventLoop) -> None:
         if next(handle._work, "done") != "done":
             handle._timer = loop.call_later(0.01, _part, handle, loop)
 
-
+# %% ../nbs/api/21_teach.ipynb #1c0f25ed
 def one_sided(
     handle: TeachState,  # whose bank has learned
 ) -> list[int]:  # numbers of classes

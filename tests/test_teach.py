@@ -19,9 +19,10 @@ from test_widgets import CLASSES, bank, encoder, from_page, scene  # noqa: F401 
 
 from aoi_ssl import show
 from aoi_ssl.core import AoiError
+from aoi_ssl.recall import predict_box, query_keys
 from aoi_ssl.remember import learn_space, recipe_name
 from aoi_ssl.retrieval import BANK_TENSORS, empty_bank
-from aoi_ssl.teach import Labels, image_keys, learn_image, odd_shares, predict_box, stroke_mask
+from aoi_ssl.teach import Labels, learn_image, odd_shares, stroke_mask
 from aoi_ssl.teach import teach as teach_kept
 
 teach = partial(teach_kept, journal=None)  # a test begins afresh
@@ -375,11 +376,11 @@ def test_boxes_are_what_the_bank_predicts(pair, encoder, scene, changes):
     with warnings.catch_warnings(action="ignore"):
         made.calibrate(ks=(4,))
     image = torch.cat([pair["two"], pair["one"]], 2)[:, 3:]
-    keys, whole = image_keys(made, image.numpy()), made.predict(image[None])[0].numpy()
+    keys, whole = query_keys(made, image), made.predict(image[None])[0]
     assert whole.std() > 0.05
     for top, bottom, left, right in ((0, 20, 0, 50), (20, 45, 50, 128), (7, 31, 33, 99), (0, 45, 0, 128)):
-        found = predict_box(made, image.numpy(), keys, (top, bottom, left, right))
-        assert np.abs(found - whole[:, top:bottom, left:right]).max() < 1e-4
+        found = predict_box(made, image, keys, (top, bottom, left, right))
+        assert (found - whole[:, top:bottom, left:right]).abs().max() < 1e-4
 
 
 def test_whoever_asks_gets_all_strokes(pair, encoder, bank, monkeypatch):
