@@ -99,13 +99,13 @@ def _images(folder: Path, reading: dict, *, split: str | None = None, device: st
     "The images of a folder as one dataset, narrowed to a split, a device, or the labelled ones."
     from datasets import concatenate_datasets
 
-    from aoi_ssl.data import device_names, load_folder
+    from aoi_ssl.data import ImageList, load_folder
 
     splits = load_folder(folder, **reading)
     if split is not None and split not in splits:
         raise AoiError(f"The folder has no split {split!r}; it has {', '.join(splits)}. Choose one, or drop --split.")
     images = splits[split] if split else concatenate_datasets([*splits.values()])
-    devices = device_names(images["manufacturer"], images["device"])
+    devices = ImageList(images).devices
     if device is not None and device not in devices:
         raise AoiError(f"No image is of device {device!r}; there are {', '.join(sorted(set(devices)))}. Choose one.")
     has = list(images["labelled"])

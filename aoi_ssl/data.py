@@ -754,7 +754,8 @@ class ImageList:
             self.names = list(images["stem"])
             return
         pairs = list(images.items()) if isinstance(images, Mapping) else [(f"image_{n:02}", one) for n, one in enumerate(images)]
-        self.names, self.images = ([named_image(one, name)[part] for name, one in pairs] for part in (0, 1))
+        named = [named_image(one, name) for name, one in pairs]
+        self.names, self.images = [name for name, _ in named], [image for _, image in named]
         self._rows = [one if isinstance(one, Mapping) else {} for _, one in pairs]
 
     def __len__(self) -> int:
@@ -785,7 +786,7 @@ class ImageList:
 # %% ../nbs/api/03_data.ipynb #43cbc014
 def names_digest(
     images: object,  # as for `ImageList`
-) -> str:  # how many there are, and 12 hexadecimal digits that change with their names and their order
+) -> str:  # how many there are, and 12 hexadecimal digits that change with their names, if they have any, and the order
     "What tells one set of images from another, so that a run goes on with its own only."
     columns = getattr(images, "column_names", ["stem"])
     names = ImageList(images).names if "stem" in columns else []

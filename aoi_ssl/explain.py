@@ -18,7 +18,7 @@ from .data import ImageList
 from .encoder import check_images, mirror
 from .features import embed, grid_corner, grid_windows, recentre, shift_offsets, window_layout
 from .patches import rim_weights
-from .recall import Bank, bank_devices, neighbour_weights, patch_masks, route, search, search_keys, voices
+from .recall import Bank, bank_devices, neighbour_weights, patch_masks, query_keys, route, search, search_keys, voices
 from .remember import check_numbers, turned
 
 # %% ../nbs/api/14_explain.ipynb #af7c1f8a
@@ -72,7 +72,7 @@ def asked_devices(
     images: Tensor,  # (1, C, H, W) in [0, 1]
 ) -> list[str] | None:  # None: all
     "The devices whose patches answer for an image: the route that `predict` takes."
-    return route(bank, embed(bank.encoder, images, size=bank.size), *images.shape[-2:]) if bank.recipe.routes else None
+    return route(bank, query_keys(bank, images[0], shifts=[(0, 0)])[0, 0]) if bank.recipe.routes else None
 
 
 def _check_pixel(bank: Bank, image: Tensor, y: int, x: int) -> Tensor:  # (1, C, H, W)

@@ -22,7 +22,7 @@ from .core import AoiError
 from .crops import CropStore, open_crops
 from .data import channel_count, names_digest
 from .encoder import Encoder, quiet, sincos_positions
-from .pretrain import check_run, decay_groups, default_crop, finish_run, masked_batches, save_run, write_autoencoder
+from .pretrain import DRAWN_LR, check_run, decay_groups, default_crop, finish_run, masked_batches, save_run, write_autoencoder
 from .snapshots import Snapshots
 from .train import Budget, checkpoint_beside, fit, following, parse_budget
 
@@ -200,7 +200,7 @@ def pretrain_hiera(
     mask_ratio: float = 0.6,  # share of the mask units that are hidden
     norm_pix: bool = True,  # normalise each mask unit in the loss
     stages: Sequence[int] = (2, 3),  # that the encoder joins; training does not depend on it
-    base_lr: float = 1.2e-2,  # for a batch of 256; at 32 it is 1.5e-3
+    base_lr: float = DRAWN_LR,  # for a batch of 256; at 32 it is 1.5e-3
     weight_decay: float = 0.05,  # on matrices and kernels
     warmup: float = 0.05,  # share of the budget
     augment: bool | Augment = True,  # False, True for the paper's, or your own

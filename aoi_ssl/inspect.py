@@ -65,7 +65,7 @@ class InspectTraits(BankTraits):
     error_colours = traitlets.Dict().tag(sync=True)
     pixel = traitlets.Dict(default_value=None, allow_none=True).tag(sync=True)
     why = traitlets.List().tag(sync=True)
-    _cuts: dict | None = None  # the thresholds by name, as they were checked last
+    _cuts: dict | None = None  # the thresholds as they were checked last: what the page sets is in the trait before it is checked
 
     @traitlets.validate("thresholds")
     def _check_thresholds(self, proposal: dict) -> list[list[float]]:
@@ -198,10 +198,9 @@ def inspect_picture(
 ) -> Picture:  # see `show.inspect`
     "What the widget shows, without a page."
     look = {n: getattr(handle, n) for n in ("overlay", "opacity", "light", "stretch")}
-    shown = [c for c, on in zip(handle.classes, handle.shown, strict=True) if on]
     found = {n: p.numpy() for n, p in handle.probabilities.items()}
     thresholds = dict(zip(handle.segmenters, handle.thresholds, strict=True))
-    options = {"ignore": handle.ignore, "novelty": handle.novelty, "shown": shown, **look}
+    options = {"ignore": handle.ignore, "novelty": handle.novelty, "shown": handle.shown, **look}
     return inspected(handle.image, found, thresholds, handle.classes, handle.truth, **options)
 
 # %% ../nbs/api/20_inspect.ipynb #1eb7d303

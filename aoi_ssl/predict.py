@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import AoiError, new_folder, read_json, write_json
-from .data import channel_count, class_names, device_names, native_item, source_folders
+from .data import ImageList, channel_count, class_names, native_item, source_folders
 from .files import to_unit
 from .masks import mask_format_of, write_mask
 from .metrics import THRESHOLDS, best_thresholds, binary_counts, counts_frame, scores, threshold_counts
@@ -196,7 +196,7 @@ def evaluate(
     **labels: object,  # columns with the same value in every row, as method="bank"
 ) -> pd.DataFrame:  # a row per labelled image and class: the labels, stem, device, class, tp, fp, fn
     "Count hits, false alarms and misses on every labelled image; `metrics.scores` divides."
-    rows, devices = [], device_names(dataset["manufacturer"], dataset["device"])
+    rows, devices = [], ImageList(dataset).devices
     for i in tqdm(judged_rows(segmenter, dataset), "evaluate", unit="image", disable=not progress):
         item = native_item(dataset, i)
         p = predict_image(segmenter, item["image"], size=size, overlap=overlap, batch_size=batch_size)
@@ -252,7 +252,7 @@ def segment(
     _check_channels(segmenter, dataset)
     check_output(segmenter, dataset, out, mask_format=mask_format)
     ending = ("_*" if mask_format == "classes" else "") + mask_format_of(mask_format).suffix
-    rows, devices = [], device_names(dataset["manufacturer"], dataset["device"])
+    rows, devices = [], ImageList(dataset).devices
     verdict = getattr(getattr(segmenter, "novelty", None), "verdict", None)
     with new_folder(out, overwrite=overwrite) as folder:
         for i in tqdm(range(len(dataset)), "segment", unit="image", disable=not progress):

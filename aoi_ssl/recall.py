@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST_RECALL', 'Heard', 'similarity_weights', 'attention_weights', 'distance_weights', 'Bank', 'to_keys',
-           'bank_index', 'list_recall', 'bank_devices', 'device_index', 'check_filled', 'search_keys', 'search',
-           'patch_table', 'image_moments', 'bank_moments_by_image', 'like_devices', 'image_likeness', 'route',
+           'query_keys', 'bank_index', 'list_recall', 'bank_devices', 'device_index', 'check_filled', 'search_keys',
+           'search', 'patch_table', 'image_moments', 'bank_moments_by_image', 'like_devices', 'image_likeness', 'route',
            'neighbour_weights', 'recall', 'mask_length', 'lay_rows', 'patch_masks', 'voices', 'shared', 'gather',
-           'predict_bank', 'query_keys', 'predict_box', 'regress', 'bank_moments', 'fold_moments', 'fit_regression']
+           'predict_bank', 'predict_box', 'regress', 'bank_moments', 'fold_moments', 'fit_regression']
 
 # %% ../nbs/api/13_recall.ipynb #7df918aa
 import hashlib
@@ -86,6 +86,19 @@ def to_keys(
     "Embeddings as the bank compares them."
     options = {"centred": bank.recipe.centre == "window", "size": bank.size, "shift": shift}
     return grid_keys(grid, bank.space, bank.encoder.patch_size, height, width, **options)
+
+# %% ../nbs/api/13_recall.ipynb #8d3017a9
+def query_keys(
+    bank: Bank,  # whose encoder and space count
+    image: Tensor,  # (C, H, W) in [0, 1]
+    *,
+    shifts: Sequence[tuple[int, int]] | None = None,  # of the grids; None: those that a prediction asks
+) -> dict[tuple[int, int], Tensor]:  # shift -> (R, C, d) of length 1
+    "The keys of an image. Raises `AoiError` for one that the encoder does not take."
+    images = check_images(image[None], bank.channels)
+    shifts = shift_offsets(bank.recipe.query_shifts, bank.encoder.patch_size) if shifts is None else shifts
+    grids = {shift: embed(bank.encoder, images, size=bank.size, shift=shift) for shift in shifts}
+    return {shift: to_keys(bank, grid, *image.shape[-2:], shift)[0] for shift, grid in grids.items()}
 
 
 LEAST_RECALL = 0.9  # of lists, for patches of other images; with less a bank that is not too large is searched exactly
@@ -244,20 +257,15 @@ def image_likeness(
 ) -> dict[str, float]:  # as from `like_devices`
     "The same for an image. Raises `AoiError` for one that the encoder does not take, and for an empty bank."
     check_filled(bank)
-    grid = embed(bank.encoder, check_images(image[None], bank.channels), size=bank.size)
-    return like_devices(bank, to_keys(bank, grid, *image.shape[-2:])[0].flatten(0, 1))
+    return like_devices(bank, query_keys(bank, image, shifts=[(0, 0)])[0, 0].flatten(0, 1))
 
 
 def route(
     bank: Bank,  # the bank
-    grid: Tensor,  # (1, R, C, D) embeddings of an image on the first grid
-    height: int,  # pixels of the image
-    width: int,  # pixels
+    keys: Tensor,  # (R, C, d) of an image on the first grid
 ) -> list[str] | None:  # the devices to ask; None: all
     "The devices that the recipe's `routes` picks for an image."
-    if not bank.recipe.routes:
-        return None
-    return [*like_devices(bank, to_keys(bank, grid, height, width)[0].flatten(0, 1))][:bank.recipe.routes]
+    return [*like_devices(bank, keys.flatten(0, 1))][:bank.recipe.routes] if bank.recipe.routes else None
 
 # %% ../nbs/api/13_recall.ipynb #0b5c5fe1
 def neighbour_weights(
@@ -373,23 +381,14 @@ def _hear(bank: Bank, images: Tensor) -> Iterator[Heard]:
     (height, width), p, devices = images.shape[-2:], bank.encoder.patch_size, None
     for shift in shift_offsets(bank.recipe.query_shifts, p):
         grid = embed(bank.encoder, images, size=bank.size, shift=shift)
-        devices = route(bank, grid, height, width) if shift == (0, 0) else devices
+        if bank.recipe.routes and shift == (0, 0):
+            devices = route(bank, to_keys(bank, grid, height, width)[0])
         for who in voices(bank):
             if who == "ridge":
                 found = regress(to_keys(bank, grid, height, width, shift).flatten(0, 2), bank.regression)
             else:
                 found = recall(bank, *search(bank, grid, height, width, shift=shift, devices=devices))
             yield who, found, grid.shape[:3], grid_corner(shift, p)
-
-# %% ../nbs/api/13_recall.ipynb #2686c3a0
-def query_keys(
-    bank: Bank,  # whose encoder and space count
-    image: Tensor,  # (C, H, W) in [0, 1]
-) -> dict[tuple[int, int], Tensor]:  # shift -> (R, C, d) of length 1
-    "The keys of an image on each grid that a prediction asks."
-    grid = lambda shift: embed(bank.encoder, image[None], size=bank.size, shift=shift)
-    shifts = shift_offsets(bank.recipe.query_shifts, bank.encoder.patch_size)
-    return {shift: to_keys(bank, grid(shift), *image.shape[-2:], shift)[0] for shift in shifts}
 
 # %% ../nbs/api/13_recall.ipynb #be8746a2
 def predict_box(
@@ -408,8 +407,7 @@ def predict_box(
 
 def _hear_box(bank: Bank, keys: Mapping[tuple[int, int], Tensor], box: list[tuple[int, int]]) -> Iterator[Heard]:
     "What each voice says of the patches that reach into a box, grid by grid."
-    p, halo, routes = bank.encoder.patch_size, bank.recipe.halo, bank.recipe.routes
-    devices = [*like_devices(bank, keys[0, 0].flatten(0, 1))][:routes] if routes else None
+    p, halo, devices = bank.encoder.patch_size, bank.recipe.halo, route(bank, keys[0, 0])
     for shift, grid in keys.items():
         corner = grid_corner(shift, p)
         spans = [(max(0, (a - halo - c) // p), -(-(b + halo - c) // p)) for (a, b), c in zip(box, corner, strict=True)]

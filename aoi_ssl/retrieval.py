@@ -390,7 +390,7 @@ def subset_bank(
     device: str | Sequence[str] | None = None,  # only images of these devices
     classes: str | Sequence[str] | None = None,  # only these classes
     patches: int | None = None,  # at most so many: those that would be missed most, with equal room for every class (`search.coreset`)
-    calibrate: bool = True,  # choose the thresholds anew, before patches are left out
+    calibrate: bool = True,  # choose the thresholds anew where images or classes are left out, before patches are
 ) -> MemoryBank:  # with the same recipe and feature space
     "A new bank of some images, classes or patches. Raises `AoiError` for a name that the bank does not have, and for no patch at all."
     keep = _chosen_images(bank, stem, device)

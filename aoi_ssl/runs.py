@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['open_snapshots', 'Run', 'read_run', 'read_finished', 'read_live', 'live_autoencoder', 'live_encoder', 'read_runs',
-           'first_of', 'rebuilds', 'as_pretrained']
+           'first_of', 'as_pretrained']
 
 # %% ../nbs/api/16_runs.ipynb #f6b328c6
 import copy
@@ -61,7 +61,8 @@ def read_run(
     if isinstance(run, pd.DataFrame):
         return Run(run)
     if hasattr(run, "history"):
-        return Run(run.history, run, _on_the_way(getattr(run, "snapshots", None), getattr(run, "encoder", None)))
+        encoders = _on_the_way(getattr(run, "snapshots", None), getattr(run, "encoder", None))
+        return Run(run.history, run if isinstance(run, Pretrained) else None, encoders)
     if not isinstance(run, str | Path):
         raise AoiError(f"run is {type(run).__name__} {run!r}; what a training verb gave, the folder that it writes, a history, or a "
                        "mapping from names to these was expected.")
@@ -82,10 +83,11 @@ def read_finished(
     folder: Path,  # with history.csv
 ) -> Run:  # its state
     "A run that has ended."
-    model = load_pretrained(folder) if holds_autoencoder(folder) else None
+    if holds_autoencoder(folder):
+        return read_run(load_pretrained(folder))
     place = next((p for p in (folder, folder / "encoder") if (p / "encoder.json").is_file()), None)
-    encoder = model.encoder if model is not None else None if place is None else Encoder.from_pretrained(place)
-    return Run(pd.read_csv(folder / "history.csv"), model, _on_the_way(Snapshots.found(folder / "snapshots"), encoder))
+    encoder = None if place is None else Encoder.from_pretrained(place)
+    return Run(pd.read_csv(folder / "history.csv"), None, _on_the_way(Snapshots.found(folder / "snapshots"), encoder))
 
 
 def _on_the_way(snapshots: Snapshots | None, encoder: object | None) -> dict:
@@ -108,7 +110,7 @@ def read_live(
     return run._replace(history=read_journal(journal)) if journal.is_file() else run
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _read_models(checkpoint: Path, changed: int | None, steps: tuple[int, ...]) -> Run:
     "What a checkpoint and the snapshots beside it hold; the same objects until one of them changes."
     found = open_snapshots(Snapshots.found(checkpoint.with_suffix(".snapshots")))
@@ -165,16 +167,8 @@ def first_of(
     runs: Mapping[str, Run],  # from `read_runs`
 ) -> tuple[object | None, dict[str, Encoder]]:  # an autoencoder that can rebuild, encoders on the way
     "What one of several runs shows in pictures."
-    models = [run.model for run in runs.values() if rebuilds(run.model)]
-    encoders = [run.encoders for run in runs.values() if run.encoders]
-    return models[0] if models else None, encoders[0] if encoders else {}
-
-
-def rebuilds(
-    model: object | None,  # of a `Run`
-) -> bool:  # whether it is an autoencoder
-    "Whether a model can draw what is hidden."
-    return isinstance(model, Pretrained | ViTMAEForPreTraining)
+    model = next((run.model for run in runs.values() if run.model is not None), None)
+    return model, next((run.encoders for run in runs.values() if run.encoders), {})
 
 
 def as_pretrained(

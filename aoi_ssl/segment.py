@@ -24,15 +24,15 @@ from torch.nn import functional as F
 
 from .augment import Augment
 from .core import AoiError, require_transformers, step_seed
-from .data import class_names, native_item
+from .data import class_names, names_digest, native_item
 from .files import to_unit
 from .encoder import Encoder, ViTEncoder, block_outputs, check_images, pad_to
 from .metrics import threshold_counts
 from .predict import Segmenter, judged_rows
-from .pretrain import decays, default_crop
+from .pretrain import decays, default_crop, finish_run
 from .tiles import CropSampler, windows
 from .snapshots import Snapshots
-from .train import Budget, check_plan, checkpoint_beside, fit, following, forget_unfinished, parse_budget
+from .train import Budget, check_plan, checkpoint_beside, fit, following, parse_budget
 
 # %% ../nbs/api/16_segment.ipynb #cac2ac25
 def _upernet_parts() -> tuple[type[nn.Module], type[nn.Module]]:  # the classes BeitFPNNeck and UperNetHead
@@ -312,15 +312,11 @@ def _batch_loss(model: nn.Module, batch: dict) -> Tensor:
     return masked_bce(model(batch["image"]), batch["mask"], batch["ignore"])
 
 
-def _finish(model: UperNet, calibration, out, checkpoint: Path | None, *, overwrite: bool, main: bool) -> UperNet:
+def _finish(model: UperNet, calibration, out, checkpoint: Path | None, process: Accelerator, *, overwrite: bool) -> UperNet:
     "Choose thresholds, save, and remove what was kept on the way: all in the main process, which tells the others its thresholds."
-    if main and calibration is not None:
+    if process.is_main_process and calibration is not None:
         model.calibrate(calibration)
-    if main and out is not None:
-        model.save(out, overwrite=overwrite)
-        if model.snapshots is not None:
-            model.snapshots.settle(Path(out) / "snapshots")
-        forget_unfinished(checkpoint)
+    finish_run(model, out, checkpoint, process, overwrite=overwrite)
     thresholds = [model.thresholds.tolist()]
     broadcast_object_list(thresholds)
     model.thresholds = torch.tensor(thresholds[0]).to(model.thresholds)
@@ -373,7 +369,7 @@ def finetune(
         checkpoint=checkpoint, resume=resume, seed=seed, warmup=warmup, validate=validate, validations=validations,
         patience=patience, precision=precision, report_to=report_to, after_step=following(model, on_step), images=total,
         snapshots=model.snapshots, progress=progress, label="fine-tuning",
-        settings={k: str(v) for k, v in (plan | rates).items()} | {"images": len(dataset), "encoder": encoder.fingerprint()},
+        settings={k: str(v) for k, v in (plan | rates).items()} | {"images": names_digest(dataset), "encoder": encoder.fingerprint()},
     )
     calibration = validation if calibration is None else calibration
-    return _finish(model, calibration, out, checkpoint, overwrite=overwrite, main=process.is_main_process)
+    return _finish(model, calibration, out, checkpoint, process, overwrite=overwrite)

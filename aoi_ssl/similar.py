@@ -22,7 +22,7 @@ from .core import AoiError
 from .encoder import Encoder
 from .explain import key_frame
 from .features import embed
-from .recall import search_keys, to_keys
+from .recall import query_keys, search_keys
 from .remember import seeing
 from .search import top_k
 
@@ -202,8 +202,7 @@ def bank_grid(
     image: Tensor | np.ndarray,  # (C, H, W) in [0, 1]
 ) -> Tensor:  # (h, w, d) of length 1
     "The patches of an image as a bank compares them."
-    pixels = torch.as_tensor(checked_image(image))[None]
-    return to_keys(bank, embed(bank.encoder, pixels, size=bank.size), *pixels.shape[-2:])[0].cpu()
+    return query_keys(bank, torch.as_tensor(checked_image(image)), shifts=[(0, 0)])[0, 0].cpu()
 
 # %% ../nbs/api/16_similar.ipynb #00aae6e4
 def neighbours_of_held(

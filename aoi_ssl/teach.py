@@ -41,7 +41,7 @@ from .core import AoiError, atomic_path, write_json
 from .data import ImageList
 from .masks import fill_polygon, mask_format_of, write_mask
 from .recall import predict_box, query_keys
-from .remember import Recipe, remember_image
+from .remember import Recipe, grid_count, remember_image
 from .retrieval import BANK_TENSORS, MemoryBank, append_rows, empty_bank, shrink_bank, subset_bank
 from .search import MOST_EXACT, ExactIndex
 from .show import Picture, labels_in, taught, taught_classes
@@ -676,7 +676,7 @@ def kept_grids(
     bank, pixels = handle._bank, handle.pile.image(index)[0].size
     if index not in handle._grids:
         handle._grids = {index: {}}
-    grids = bank.recipe.bank_shifts * bank.recipe.turns * (1 + bank.recipe.between)
+    grids = grid_count(bank.recipe) * bank.recipe.turns
     return handle._grids[index] if pixels / bank.encoder.patch_size**2 * bank.keys.shape[1] * grids <= most else None
 
 
@@ -1293,6 +1293,7 @@ def teach(
     look = {"learning": learning, "light": light, "stretch": stretch, "opacity": opacity}
     if bank is None:
         bank = empty_bank(images, encoder, classes, method=method, k=8, seed=seed)
-    check_same_encoder(bank, encoder)
+    else:
+        check_same_encoder(bank, encoder)
     handle = Teacher(pile, bank, list(classes), out=out, mask_format=mask_format, journal=journal or None, suggest=suggest, **look)
     return handle.go(index) if index else handle

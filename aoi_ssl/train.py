@@ -168,6 +168,7 @@ def checkpoint_beside(
         path.unlink()
     if not resume:
         journal_beside(path).unlink(missing_ok=True)
+        shutil.rmtree(path.with_suffix(".snapshots"), ignore_errors=True)
     return path
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .canvas import Picture, as_picture
 from .core import AoiError
-from .runs import as_pretrained, first_of, read_runs
+from .runs import as_pretrained, first_of, read_run, read_runs
 from .show import held_pixel, limits_over_time, watched
 from .similar import grids_over_time, maps_over_time
 from .widgets import Handle, Planes, page_module, wrong_trait
@@ -204,8 +204,9 @@ def watch_poll(
     handle: Watcher,  # changed if there is news
 ) -> bool:  # whether there is
     "Read the runs again. What is just being written or moved is left for the next time."
+    given = handle.run if isinstance(handle.run, Mapping) else {"": handle.run}
     try:
-        runs = read_runs(handle.run)
+        runs = {name: read_run(given[name]) if run.live else run for name, run in handle.runs.items()}
     except (OSError, RuntimeError, EOFError, AoiError):
         return False
     told = [(len(r.history), r.live, r.note, r.model, list(r.encoders.values())) for r in (*handle.runs.values(), *runs.values())]

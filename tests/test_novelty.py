@@ -80,7 +80,7 @@ RECORD = {"device": "d", "classes": [], "height": 24, "width": 24}
 NOTHING = torch.ones(1, 24, 24, dtype=torch.bool)
 
 
-def test_an_image_that_is_ignored_all_over_changes_no_limit(tmp_path):
+def test_an_image_that_is_ignored_all_over_changes_no_limit():
     images = textures(4)
     plain, bank = bank_of(images[:3]), bank_of(images, ignore=[None, None, None, NOTHING])
     wanted, found = calibrate_novelty(plain), calibrate_novelty(bank)

@@ -281,6 +281,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(images, tmp_path)
         finetune(images["train"], nano(), **options)
     with pytest.raises(AoiError, match="lr"):
         finetune(images["train"], nano(), resume=True, lr=0.5, **options)
+    others = images["train"].map(lambda row: {"stem": f"other_{row['stem']}"})
+    with pytest.raises(AoiError, match="images"):
+        finetune(others, nano(), resume=True, **options)
     resumed = finetune(images["train"], nano(), resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
     assert resumed.history.loss.equals(whole.history.loss)

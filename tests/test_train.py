@@ -321,3 +321,17 @@ def test_the_history_is_told_from_the_first_step_on_and_the_first_checkpoint_com
     whole = fit(model, loss, batch, optimizer, budget="0.6s", checkpoint=file, after_step=look, save_every=0.2, progress=False)
     assert seen[0] == (0, False) and seen[1] == (1, False) and seen[-1][1]
     assert read_journal(journal_beside(file)).loss.equals(whole.loss)
+
+
+def test_what_a_killed_run_left_is_no_part_of_the_next(tmp_path):
+    "A run that is begun anew finds neither the history nor the snapshots of the one before; one that goes on finds both."
+    from aoi_ssl.train import checkpoint_beside, journal_beside
+
+    checkpoint = tmp_path / "run.checkpoint"
+    snapshot, journal = tmp_path / "run.snapshots" / "0", journal_beside(checkpoint)
+    snapshot.mkdir(parents=True)
+    for file in (checkpoint, journal):
+        file.write_text("{}")
+    assert checkpoint_beside(tmp_path / "run", resume=True, overwrite=False) == checkpoint and snapshot.exists() and journal.exists()
+    checkpoint_beside(tmp_path / "run", resume=False, overwrite=True)
+    assert not any(tmp_path.iterdir())

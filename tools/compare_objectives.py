@@ -97,9 +97,9 @@ def _hiera(dataset, *, encoder, **options):
 
 def scaled(train: Callable, options: dict) -> dict:
     "The rate that each objective has by default at a batch of 32, times the root of the batch over 32, times `rate`."
-    from aoi_ssl.pretrain import DRAWN_LR
+    from aoi_ssl.pretrain import base_rate
 
-    base, rate = inspect.signature(train).parameters["base_lr"].default or DRAWN_LR, options.pop("rate", 1.0)
+    base, rate = base_rate(inspect.signature(train).parameters["base_lr"].default, adapting=False), options.pop("rate", 1.0)
     return {"base_lr": rate * base * (32 / options["batch_size"]) ** 0.5} | options
 
 

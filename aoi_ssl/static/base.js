@@ -275,7 +275,7 @@ export class Source {
 
   async onTile(message, buffers) {
     if (message.kind === "update" && message.source === this.prefix + this.index && message.stamp === this.meta?.stamp) // one after the other, as they came
-      await (this.updated = (this.updated ?? Promise.resolve()).then(() => this.update(message, buffers)));
+      await (this.updated = (this.updated ?? Promise.resolve()).catch(() => {}).then(() => this.update(message, buffers)));
     if (message.kind !== "tile" || message.source !== this.prefix + this.index || message.stamp !== this.meta?.stamp) return;
     const { level, row, column } = message, side = 2 ** level, key = `${level}/${row}/${column}`;
     const tile = await decode(buffers, this.meta.planes);

@@ -1,6 +1,5 @@
 // explore: hold patches, see what is similar to them in this image, in others and in the bank.
-import { failing } from "./base.js";
-import { NearList, PlaceView, Source, Viewer, button, bytesOf, choice, colourBar, cutOut, frame, gridCanvas, lightChoices, make, markBox, put, slider, table256, toggle } from "./base.js";
+import { NearList, PlaceView, Source, Viewer, button, bytesOf, choice, colourBar, cutOut, failing, frame, gridCanvas, lightChoices, make, markBox, put, slider, table256, toggle } from "./base.js";
 
 const KEYS = [
   ["Click, Enter", "hold the patch"], ["Shift + click", "add one: the mean of all held"], ["Alt + click", "subtract one"],

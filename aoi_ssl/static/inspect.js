@@ -1,6 +1,5 @@
 // inspect: what a segmenter made of an image, at any threshold, against the truth, and why.
-import { failing } from "./base.js";
-import { NearList, PlaceView, Source, Viewer, above, button, choice, colourBar, draw, drawParts, frame, lightChoices, make, markBox, masksOn, put, slider, swatch, table256 } from "./base.js";
+import { NearList, PlaceView, Source, Viewer, above, button, choice, colourBar, draw, drawParts, failing, frame, lightChoices, make, markBox, masksOn, put, slider, swatch, table256 } from "./base.js";
 
 const KEYS = [
   ["Click, Enter", "ask why this pixel has its label"], ["Arrow keys", "move by a pixel; with Shift by 16"], ["Esc", "ask no more"], ["1 to 9", "class on and off"],

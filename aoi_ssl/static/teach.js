@@ -1,6 +1,5 @@
 // teach: paint labels, and see at once what they teach. Strokes are drawn here and rasterised in Python, which answers with pixels.
-import { failing } from "./base.js";
-import { Source, Viewer, above, button, choice, drawParts, frame, lightChoices, make, masksOn, put, slider, swatch, toggle, watchTraits } from "./base.js";
+import { Source, Viewer, above, button, choice, drawParts, failing, frame, lightChoices, make, masksOn, put, slider, swatch, toggle, watchTraits } from "./base.js";
 
 const TOOLS = [
   ["brush", "Brush (B): drag", "b"], ["line", "Line (L): drag along a wire", "l"], ["circle", "Circle (C): drag from the centre of a ball", "c"],

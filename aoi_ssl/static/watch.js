@@ -1,6 +1,5 @@
 // watch: a training run, live or finished: its curves, what it rebuilds, and what it finds similar as it learns.
-import { failing } from "./base.js";
-import { Source, Viewer, button, bytesOf, colourBar, draw, frame, gridCanvas, lightChoices, make, markBox, put, slider, table256, toggle, watchTraits } from "./base.js";
+import { Source, Viewer, button, bytesOf, colourBar, draw, failing, frame, gridCanvas, lightChoices, make, markBox, put, slider, table256, toggle, watchTraits } from "./base.js";
 
 const KEYS = [
   ["Mask ratio", "how much is hidden before it is rebuilt"], ["Click, arrow keys", "the patch that is followed over the time of training"], ["Drag", "pan"], ["Wheel, + and -", "zoom, once the picture has the focus; 0 shows all"],
