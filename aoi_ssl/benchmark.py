@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANCE', 'ABLATION', 'arena', 'by_device', 'short_names', 'rivals', 'remembered_encodings', 'kept_frame',
-           'key_name', 'few_shot_counts', 'few_shot_table', 'method_costs', 'worst_images', 'ablation_for']
+           'key_name', 'few_shot_counts', 'other_device_counts', 'few_shot_table', 'method_costs', 'worst_images',
+           'ablation_for']
 
 # %% ../nbs/api/22_benchmark.ipynb #5ad025f3
 import hashlib
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -149,16 +150,25 @@ def few_shot_counts(
             bank, _ = few_shot(groups[first][device], labels, seed=seed)
             rest = {name: _without(parts[device], bank, tests) for name, parts in groups.items() if device in parts}
             for method, options in methods.items():
-                key = {"encoder": encoders[encoder].fingerprint(), "recipe": asdict(_recipe_of(options)), "device": device,
-                       "numbers": {n: options[n] for n in ("k", "beta", "mix") if n in options}, "seed": seed,
-                       "bank": list(bank["stem"]), "tests": {name: list(part["stem"]) for name, part in rest.items()},
-                       "classes": class_names(bank), "sizes": [list(bank["height"]), list(bank["width"])]}
-                path = None if cache is None else Path(cache) / f"{key_name(key)}.csv"
-                made = kept_frame(path, lambda b=bank, e=encoder, o=options, r=rest: _judge(b, encoders[e], o, r))
+                made = _counts_of(bank, encoders[encoder], options, rest, cache, device=device, seed=seed)
                 names = {"encoder": encoder, "method": method, "seed": seed, "labels": labels}
                 frames.append(made.assign(**names, device=called[device]))
             kept.clear()
     return pd.concat(frames, ignore_index=True)
+
+
+def _counts_of(bank: Dataset, encoder: Encoder, options: Mapping, tests: Mapping[str, Dataset], cache, **named) -> pd.DataFrame:
+    "Counts of one bank on all parts, made once."
+    key = {"encoder": encoder.fingerprint(), "recipe": asdict(_recipe_of(options)),
+           "numbers": {n: options[n] for n in ("k", "beta", "mix") if n in options},
+           "bank": list(bank["stem"]), "tests": {name: list(part["stem"]) for name, part in tests.items()},
+           "classes": class_names(bank), "sizes": [list(bank["height"]), list(bank["width"])], **named}
+
+    def judge() -> pd.DataFrame:
+        made = build_bank(bank, encoder, **options)
+        return pd.concat([evaluate(made, part, test=name) for name, part in tests.items()], ignore_index=True)
+
+    return kept_frame(None if cache is None else Path(cache) / f"{key_name(key)}.csv", judge)
 
 
 def _recipe_of(options: Mapping) -> Recipe:
@@ -172,11 +182,29 @@ def _without(dataset: Dataset, bank: Dataset, most: int | None) -> Dataset:
     rows = [i for i, stem in enumerate(dataset["stem"]) if stem not in set(bank["stem"])]
     return dataset.select(rows[:most])
 
-
-def _judge(bank: Dataset, encoder: Encoder, options: Mapping, rest: Mapping[str, Dataset]) -> pd.DataFrame:
-    "Counts of one bank on all parts."
-    made = build_bank(bank, encoder, **options)
-    return pd.concat([evaluate(made, part, test=name) for name, part in rest.items()], ignore_index=True)
+# %% ../nbs/api/22_benchmark.ipynb #5e0a91c5
+def other_device_counts(
+    encoders: Mapping[str, Encoder],  # name -> encoder
+    methods: Mapping[str, Mapping],  # name -> options of `build_bank`
+    bank: Dataset,  # labelled images of other devices, all of them remembered
+    data: Mapping[str, Dataset],  # name -> labelled images of devices that the bank must not have
+    *,
+    tests: int | None = None,  # images tested of each device and part, at most; None: all
+    cache: str | Path | None = None,  # folder that keeps the counts
+    progress: bool = False,  # show a progress bar
+) -> pd.DataFrame:  # as from `few_shot_counts`; labels is the number of images in the bank, seed is 0
+    "Build one bank for every encoder and method, and count what it gets right on devices that it has no image of."
+    parts = {name: by_device(part) for name, part in data.items()}
+    if both := sorted(set(by_device(bank)).intersection(*parts.values())):
+        raise AoiError(f"{both[0]} is in the bank and among the devices to be tested; other devices were expected. Take it out of one.")
+    most = {n: concatenate_datasets([_without(d, bank.select([]), tests) for d in part.values()]) for n, part in parts.items()}
+    frames = []
+    for encoder in tqdm(encoders, "other devices", unit="encoder", disable=not progress):
+        with remembered_encodings():
+            for method, options in methods.items():
+                made = _counts_of(bank, encoders[encoder], options, most, cache)
+                frames.append(made.assign(encoder=encoder, method=method, seed=0, labels=len(bank)))
+    return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/api/22_benchmark.ipynb #dbd698fe
 def few_shot_table(

@@ -14,6 +14,7 @@ from aoi_ssl.benchmark import (
     kept_frame,
     key_name,
     method_costs,
+    other_device_counts,
     remembered_encodings,
     short_names,
     worst_images,
@@ -117,3 +118,17 @@ def test_every_row_of_the_ablation_is_a_recipe():
     assert "layers" not in str(ablation_for(PixelEncoder())) and list(ablation_for(ViTEncoder("nano"))) == list(ABLATION)
     recipes = [make_recipe(**options) for options in ABLATION.values()]
     assert len(set(recipes)) == len(recipes)
+
+
+def test_a_bank_of_other_devices_is_asked_about_the_new_ones(data, tmp_path):
+    one, other = by_device(data["new devices"])
+    tests = {name: by_device(part)[other] for name, part in data.items()}
+    one = by_device(data["new devices"])[one]
+    counts = other_device_counts({"pixels": PixelEncoder()}, METHODS, one, tests, tests=2, cache=tmp_path)
+    bank = build_bank(one, PixelEncoder(), **METHODS["paper"])
+    expected = evaluate(bank, tests["drift 0.5"].select([0, 1]))
+    found = counts[(counts["method"] == "paper") & (counts["test"] == "drift 0.5")][list(expected.columns)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+    assert set(counts["labels"]) == {len(one)} and len(list(tmp_path.glob("*.csv"))) == 2
+    with pytest.raises(AoiError, match="in the bank and among"):
+        other_device_counts({"pixels": PixelEncoder()}, METHODS, one, data)
