@@ -46,6 +46,7 @@ compare: install-dev  ## masked autoencoding, DINO, iBOT and Hiera on equal CPU 
 recipe: install-dev  ## the recipe of masked autoencoding, one thing changed at a time; then adapting against starting anew; ARGS=--fresh as above
 	@$(VENV)/bin/python tools/compare_objectives.py --study recipe $(ARGS)
 	@$(VENV)/bin/python tools/compare_objectives.py --study adapt $(ARGS)
+	@if [ -d ../shared/data/deeppcb ]; then $(VENV)/bin/python tools/compare_objectives.py --study boards $(ARGS); fi
 
 weights-eval: install-dev  ## the encoders that ship against raw pixels and a random one; ARGS="--ship NAME RUN" replaces them, --fresh counts anew
 	@$(VENV)/bin/python tools/weights_eval.py $(ARGS)

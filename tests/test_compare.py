@@ -62,6 +62,40 @@ def test_rates_scale_with_the_root_of_the_batch(tool):
     assert tool.scaled(train, {"batch_size": 32, "rate": 0.25}) == {"base_lr": 0.002, "batch_size": 32}
 
 
+def test_an_encoder_is_adapted_at_the_rate_that_pretrain_takes_by_default(tool):
+    from aoi_ssl.pretrain import ADAPT_LR, DRAWN_LR, pretrain
+
+    rate = lambda **own: tool.scaled(pretrain, {"batch_size": 32, **own})["base_lr"]
+    assert rate() == DRAWN_LR and rate(start_from="aoi-mae-tiny") == ADAPT_LR
+    assert rate(**tool.RECIPES["adapted fast"].own) == pytest.approx(DRAWN_LR)
+
+
+@pytest.mark.parametrize("name", ["objectives", "longer", "recipe", "adapt", "boards"])
+def test_the_table_that_is_kept_has_all_that_its_study_names(tool, name):
+    study, rows = tool.STUDIES[name], list(csv.DictReader((tool.options([]).out / f"{name}.csv").open()))
+    judged = {(row["run"], int(row["seed"]), float(row["share"])) for row in rows if all(row[score] for score in study.scores)}
+    assert len(judged) == len(rows), "a score is missing"
+    for run in study.runs.split(","):
+        recipe = tool.RECIPES[run]
+        shares = study.shares[-1:] if recipe.own.get("patch_size") == 8 or run == "hiera" else study.shares
+        assert {(run, seed, share) for seed in range(min(study.seeds, recipe.seeds)) for share in shares} <= judged
+    assert {(run, 0, 0.0) for run in study.baselines.split(",")} <= judged
+
+
+def test_a_folder_is_parted_by_device(tool, tmp_path):
+    from dataclasses import replace
+
+    from aoi_ssl.synthetic import CLASSES, render_folder
+
+    render_folder(tmp_path / "own", devices=0, new_devices=3, images=3, size=96, calibration=0, progress=False)
+    study = replace(tool.STUDIES["boards"], data=tmp_path / "own", classes=CLASSES, labelled=1, validation_devices=1)
+    args = tool.options(["--study=boards", "--images=2", "--queries=1", "--crop=64"])
+    args.validation_devices = 1
+    (images, store), judged = tool.given(args, study)
+    assert len(images) == 4 and len(store.images) == 4 and len(judged) == 2
+    assert not set(images["device"]) & set(judged["device"])
+
+
 def test_what_the_studies_name_exists_and_every_run_is_judged_at_its_end(tool):
     for name, study in tool.STUDIES.items():
         args = tool.options([f"--study={name}"])

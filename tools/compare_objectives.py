@@ -4,6 +4,7 @@
     python tools/compare_objectives.py --study longer   # the first three, for ten times as long
     python tools/compare_objectives.py --study recipe   # one thing changed at a time
     python tools/compare_objectives.py --study adapt    # going on from the shipped encoder against starting from scratch
+    python tools/compare_objectives.py --study boards   # the same on real pictures of another kind, DeepPCB
 
 Rows that are in the table already are not computed again; --fresh makes all of them anew."""
 
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BOARDS = ROOT.parent / "shared" / "data" / "deeppcb"
+DEFECTS = ("open", "short", "mousebite", "spur", "copper", "pinhole")
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,23 @@ class Study:
     seconds: float  # of training, of each run
     seeds: int
     shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # of the budget; patches under 16 pixels, slow to judge, only at its end
+    scores: tuple[str, ...] = ("retrieval", "whitened", "probe")  # see `Judge`
+    data: Path | None = None  # a folder of labelled devices, the last of them to judge on; None: rendered ones
+    classes: tuple[str, ...] | None = None  # of that folder
+    labelled: int = 3  # pictures of each device to judge on that are labelled
+    validation_devices: int = 4  # new devices to judge on
 
 
 STUDIES = {
     "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera", "pixels,random,pixels-p8,random-p8", 30, 3),
-    "longer": Study("mae,dino,ibot", "pixels,random,aoi-mae-tiny", 300, 1, (0.1, 0.25, 0.5, 1.0)),
+    "longer": Study("mae,dino,ibot", "pixels,random,aoi-mae-tiny", 300, 3, (0.1, 0.25, 0.5, 1.0)),
     "recipe": Study(
         "default,mask 0.5,mask 0.85,patch 8,raw targets,decoder 64,decoder 256,no augmentation,6 devices,budget / 4,budget x 4",
         "pixels,random", 30, 2, (1.0,)),
-    "adapt": Study("scratch,adapted,adapted gently,adapted in a fifth", "pixels,random,aoi-mae-tiny", 30, 2,
+    "adapt": Study("scratch,adapted,adapted fast,adapted in a fifth", "pixels,random,aoi-mae-tiny", 30, 2,
                    (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)),
+    "boards": Study("scratch,adapted,adapted in a fifth", "pixels,random,aoi-mae-tiny", 120, 2, (0.2, 1.0),
+                    ("retrieval", "aligned", "probe"), BOARDS, DEFECTS, 5, 2),
 }  # fmt: skip
 
 
@@ -59,8 +69,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--devices", type=int, default=24, help="rendered devices to learn from")
     add("--images", type=int, default=8, help="pictures of each")
     add("--size", type=int, default=320, help="pixels, side of a picture")
-    add("--validation-devices", type=int, default=4, help="new devices to judge on")
-    add("--queries", type=int, default=3, help="pictures of each of them to segment; three more are labelled")
+    add("--validation-devices", type=int, help="new devices to judge on")
+    add("--queries", type=int, default=3, help="pictures of each of them to segment; others are labelled")
     add("--encoder", default="tiny", help="preset of the ViT")
     add("--crop", type=int, default=96)
     add("--batch-size", type=int, default=16)
@@ -68,7 +78,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=os.cpu_count(), help="processes that render")
     add("--threads", type=int, default=1, help="of torch; CPU seconds are those of all threads together")
     args = parser.parse_args(arguments)
-    for name in ("seconds", "seeds", "runs", "baselines"):
+    for name in ("seconds", "seeds", "runs", "baselines", "validation_devices"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(STUDIES[args.study], name))
     return args
@@ -99,7 +109,8 @@ def scaled(train: Callable, options: dict) -> dict:
     "The rate that each objective has by default at a batch of 32, times the root of the batch over 32, times `rate`."
     from aoi_ssl.pretrain import base_rate
 
-    base, rate = base_rate(inspect.signature(train).parameters["base_lr"].default, adapting=False), options.pop("rate", 1.0)
+    asked, rate = inspect.signature(train).parameters["base_lr"].default, options.pop("rate", 1.0)
+    base = base_rate(asked, adapting="start_from" in options)
     return {"base_lr": rate * base * (32 / options["batch_size"]) ** 0.5} | options
 
 
@@ -142,7 +153,7 @@ RECIPES = {
     "budget x 4": Recipe(_mae, budget=4),
     "scratch": Recipe(_mae),
     "adapted": Recipe(_mae, {"start_from": SHIPPED}),
-    "adapted gently": Recipe(_mae, {"start_from": SHIPPED, "rate": 0.25}),
+    "adapted fast": Recipe(_mae, {"start_from": SHIPPED, "rate": 6.0}),
     "adapted in a fifth": Recipe(_mae, {"start_from": SHIPPED}, budget=0.2),
 }
 BASELINES = ("pixels", "pixels-p8", "random", "random-p8", SHIPPED)
@@ -182,7 +193,7 @@ def snapshots(network: str, shares: tuple[float, ...], kept: list) -> Callable:
 class Judge:
     "Patch retrieval and a linear probe on devices that no encoder was trained on; all pictures stay on the device."
 
-    def __init__(self, dataset, *, labelled: int, device: str):
+    def __init__(self, dataset, *, labelled: int, device: str, scores: tuple[str, ...] = Study.scores):
         import torch
 
         from aoi_ssl.data import class_names
@@ -197,7 +208,7 @@ class Judge:
         per = [len(rows) for rows in self.rows.values()]
         self.place = torch.cat([torch.arange(n) for n in per]).to(device)
         self.owner = torch.repeat_interleave(torch.arange(len(per)), torch.tensor(per)).to(device)
-        self.labelled = labelled
+        self.labelled, self.scores = labelled, scores
 
     def __call__(self, encoder) -> dict:
         "All figures of an encoder."
@@ -206,14 +217,16 @@ class Judge:
         from aoi_ssl.benchmark import ABLATION
         from aoi_ssl.distill import collapse_figures
 
+        ways = {"retrieval": lambda: self.retrieve(encoder), "whitened": lambda: self.retrieve(encoder, **ABLATION["whitened"]),
+                "aligned": lambda: self.retrieve(encoder, method="aligned"), "probe": lambda: self.probe(grid, encoder.patch_size)}
+
         encoder.to(self.device).eval()
         encoder.encode(self.images[:1])
         start = clock(self.device)
         grid = encoder.encode(self.images).float()
         cost = 1000 * (clock(self.device) - start) / len(self.images)
         with torch.no_grad():
-            figures = {"retrieval": self.retrieve(encoder), "whitened": self.retrieve(encoder, **ABLATION["whitened"]),
-                       "probe": self.probe(grid, encoder.patch_size)}  # fmt: skip
+            figures = {name: ways[name]() for name in self.scores}
             collapse = collapse_figures(grid.flatten(1, 2))
         flat = {
             f"{name}_{c}": round(v, 4) for name, iou in figures.items() for c, v in zip(self.classes, iou, strict=True)
@@ -324,7 +337,7 @@ def summary(rows: list[dict]) -> str:
     names = [n for n in frame if n not in ("run", "machine", "budget")]
     frame[names] = frame[names].apply(pd.to_numeric, errors="coerce")
     last = frame[frame["share"].isin([0, 1])].groupby("run", sort=False)
-    scores = [name for name in ("retrieval", "whitened", "probe") if name in frame]
+    scores = [name for name in ("retrieval", "whitened", "aligned", "probe") if name in frame]
     beside = ("steps", "images_per_second", "effective_rank", "feature_std", "information")
     shown = [name for name in (*scores, *beside, "encode_ms") if name in frame]
     mean, std = last[shown].mean(), last[shown].std()
@@ -394,7 +407,7 @@ def train(name: str, learn, judge: Judge, table: Table, seed: int, args) -> None
                 "machine": machine(judge.device),
             }
             table.add(row)
-            print("  ".join(f"{k} {row[k]}" for k in SHOWN), flush=True)
+            print("  ".join(f"{k} {row[k]}" for k in SHOWN if k in row), flush=True)
 
 
 def progress_so_far(history, spent: float, args, recipe: Recipe) -> dict:
@@ -408,7 +421,7 @@ def progress_so_far(history, spent: float, args, recipe: Recipe) -> dict:
     return figures | {f: round(values.iloc[-1], 4) for f, values in watched.items() if len(values)}
 
 
-SHOWN = ("run", "seed", "share", "steps", "loss", "retrieval", "whitened", "probe", "effective_rank", "feature_std")
+SHOWN = ("run", "seed", "share", "steps", "loss", "retrieval", "whitened", "aligned", "probe", "effective_rank", "feature_std")
 
 
 def machine(device: str) -> str:
@@ -438,6 +451,21 @@ def rendered(args) -> tuple:
     return (images, store_images(images, cell=args.crop)), next(iter(load_folder(judge).values()))
 
 
+def given(args, study: Study) -> tuple:
+    "As `rendered`, from a folder: the first pictures of most devices, and of the last ones those that are labelled or segmented."
+    from datasets import concatenate_datasets
+
+    from aoi_ssl.benchmark import by_device
+    from aoi_ssl.crops import store_images
+    from aoi_ssl.data import load_folder
+
+    whole = concatenate_datasets(list(load_folder(study.data, classes=list(study.classes)).values()))
+    learn = list(by_device(whole).values())
+    first = lambda parts, most: concatenate_datasets([part.select(range(min(most, len(part)))) for part in parts])
+    images, last = first(learn[:-args.validation_devices], args.images), learn[-args.validation_devices:]
+    return (images, store_images(images, cell=args.crop)), first(last, study.labelled + args.queries)
+
+
 def baselines(judge: Judge, table: Table, store, args) -> None:
     "The rows of encoders that are not trained here."
     for name in filter(None, args.baselines.split(",")):
@@ -460,8 +488,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.fresh:
         (args.out / f"{args.study}.csv").unlink(missing_ok=True)
-    learn, validation = rendered(args)
-    table, judge = Table(args.out / f"{args.study}.csv"), Judge(validation, labelled=3, device=args.device)
+    study = STUDIES[args.study]
+    learn, validation = given(args, study) if study.data else rendered(args)
+    table = Table(args.out / f"{args.study}.csv")
+    judge = Judge(validation, labelled=study.labelled, device=args.device, scores=study.scores)
     print(f"{len(learn[0])} images to learn from, {len(validation)} to judge on; {machine(args.device)}", flush=True)
     baselines(judge, table, learn[1], args)
     names = [name for name in args.runs.split(",") if name]
