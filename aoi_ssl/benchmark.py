@@ -30,7 +30,7 @@ from .metrics import mean_iou
 from .predict import evaluate
 from .remember import Recipe, make_recipe
 from .retrieval import build_bank
-from .synthetic import render_folder
+from .synthetic import Drift, render_folder
 
 # %% ../nbs/api/22_benchmark.ipynb #f6552ee3
 def arena(
@@ -38,7 +38,7 @@ def arena(
     *,
     devices: int = 6,  # new ones
     images: int = 7,  # of each device
-    drifts: Sequence[float] = (0.0, 0.5),  # 0 .. 1; the first is what banks are built from
+    drifts: Sequence[float | Drift] = (0.0, 0.5),  # 0 .. 1, or kinds of drift; the first is what banks are built from
     size: int = 512,  # pixels, side of a picture
     seed: int = 30,  # 30: to choose by; 40: to report
     workers: int = 1,  # processes that render
@@ -46,8 +46,10 @@ def arena(
     "Labelled pictures of devices that nobody trained on, as they are and drifted."
     found = {}
     for drift in drifts:
-        name = "new devices" if drift == drifts[0] else f"drift {drift:g}"
-        path = Path(folder) / f"seed{seed}-{devices}x{images}-{size}px-drift{drift:g}"
+        kinds = {kind: amount for kind, amount in asdict(drift).items() if amount} if isinstance(drift, Drift) else None
+        said = f"{drift:g}" if kinds is None else ", ".join(f"{kind} {amount:g}" for kind, amount in kinds.items())
+        name = "new devices" if drift == drifts[0] else f"drift {said}"
+        path = Path(folder) / f"seed{seed}-{devices}x{images}-{size}px-drift{said.replace(' ', '')}"
         if not path.exists():
             render_folder(path, devices=0, new_devices=devices, images=images, calibration=0, size=size, seed=seed, drift=drift,
                           workers=workers, progress=False)
