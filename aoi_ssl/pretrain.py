@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['DRAWN_LR', 'ADAPT_LR', 'base_rate', 'decays', 'decay_groups', 'Reconstruction', 'Pretrained', 'save_run',
            'write_autoencoder', 'holds_autoencoder', 'load_pretrained', 'visible_statistics', 'default_crop',
-           'masked_batches', 'finish_run', 'check_run', 'expectation', 'pretrain']
+           'masked_batches', 'finish_run', 'check_run', 'masked_loss', 'held_out_loss', 'learn', 'pretrain']
 
 # %% ../nbs/api/09_pretrain.ipynb #280c1613
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +16,11 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from .augment import Augment
-from .core import AoiError, new_folder, read_json, step_seed
+from .core import AoiError, new_folder, read_json, step_seed, whole_number
 from .crops import CropStore, open_crops, store_images
 from .data import channel_count, names_digest
 from aoi_ssl.encoder import (
@@ -39,7 +38,7 @@ from aoi_ssl.encoder import (
 )
 from .snapshots import Snapshots
 from .tiles import check_crops
-from .train import Budget, check_plan, checkpoint_beside, fit, following, forget_unfinished, parse_budget
+from .train import Budget, check_plan, checkpoint_beside, fit, following, forget_unfinished, on_device, parse_budget
 from .weights import resolve_encoder, write_packed
 
 # %% ../nbs/api/09_pretrain.ipynb #090b79ff
@@ -272,17 +271,17 @@ def _continue(mae: ViTMAEForPreTraining, old: ViTEncoder, folder: Path) -> None:
 def masked_batches(
     crops: CropStore,  # to cut from
     encoder: ViTEncoder,  # which normalises, on its device; anything else with these and a patch_size
-    process,  # of accelerate: how many processes there are
     *,
     size: int,  # side of a crop, pixels
     batch_size: int,  # B, crops in each process
+    processes: int = 1,  # index = step * processes + number of the process
     augment: Augment | None = None,  # changes the crops; None: as they are
 ) -> Callable[[int], dict]:  # index -> pixels (B, C, size, size), normalised; noise (B, patches): the highest are hidden
     "The batches of masked autoencoding; the same index gives the same batch."
-    total, patches = batch_size * process.num_processes, (size // encoder.patch_size) ** 2
+    total, patches = batch_size * processes, (size // encoder.patch_size) ** 2
 
     def at(index: int) -> dict:
-        step, rank = divmod(index, process.num_processes)
+        step, rank = divmod(index, processes)
         part = slice(rank * batch_size, (rank + 1) * batch_size)
         images = crops.batch(step, total, size=size, part=part)
         if augment is not None:
@@ -314,7 +313,7 @@ def finish_run(
 def check_run(
     dataset,  # from `load_folder`
     *,
-    crop: int,  # pixels
+    size: int,  # side of a crop, pixels
     batch_size: int,  # crops
     budget: Budget,  # of any kind
     precision: str,  # "auto", "fp32" or "bf16"
@@ -323,9 +322,8 @@ def check_run(
 ) -> None:
     "Raise `AoiError` for what is wrong with a run without labels, as far as it shows without reading an image."
     check_plan(budget.resolve(1), validation, 10, patience, precision)
-    if not (isinstance(batch_size, int) and batch_size >= 1):
-        raise AoiError(f"batch_size is {batch_size!r}; a whole number of crops from 1 up was expected. Try 32.")
-    check_crops(dataset, size=crop)
+    whole_number("batch_size", batch_size, 1)
+    check_crops(dataset, size=size)
     if validation is None:
         return
     if channel_count(validation) != channel_count(dataset):
@@ -333,46 +331,68 @@ def check_run(
             f"The validation images have {channel_count(validation)} channels (lights), the others "
             f"{channel_count(dataset)}; the same were expected. Load both folders with the same lights."
         )
-    check_crops(validation, size=crop)
+    check_crops(validation, size=size)
 
 # %% ../nbs/api/09_pretrain.ipynb #bbd7e540
-def _validation(dataset, encoder: ViTEncoder, crop: int, batch_size: int, batches: int = 4) -> Callable:
-    "model -> its loss on fixed crops of held-out images under fixed masks, without augmentation."
-    crops, generator = store_images(dataset, cell=crop), torch.Generator().manual_seed(0)
-    fixed = [encoder.normalise(crops.batch(i, batch_size, size=crop).to(encoder.mean)) for i in range(batches)]
-    noise = [torch.rand(batch_size, (crop // encoder.patch_size) ** 2, generator=generator) for _ in fixed]
+def masked_loss(
+    mae: torch.nn.Module,  # a masked autoencoder of transformers
+    batch: dict,  # from `masked_batches`
+) -> Tensor:  # scalar
+    "How badly the hidden patches were drawn."
+    return mae(batch["pixels"], noise=batch["noise"]).loss
 
-    def validate(mae: ViTMAEForPreTraining) -> dict:
-        losses = [mae(x.to(mae.device), noise=n.to(mae.device)).loss.item() for x, n in zip(fixed, noise, strict=True)]
-        return {"score": -sum(losses) / len(losses), "loss": sum(losses) / len(losses)}
+
+def held_out_loss(
+    dataset,  # images that are not learned from
+    encoder: ViTEncoder,  # as for `masked_batches`
+    *,
+    size: int,  # side of a crop, pixels
+    batch_size: int,  # crops in a batch
+    batches: int = 4,  # how many to judge by
+) -> Callable[[torch.nn.Module], dict]:  # autoencoder -> loss, and score, its negative
+    "The loss on fixed crops of held-out images under fixed masks, without augmentation, for `fit(validate=...)`."
+    at = masked_batches(store_images(dataset, cell=size), encoder, size=size, batch_size=batch_size)
+    fixed = [at(index) for index in range(batches)]
+
+    def validate(mae: torch.nn.Module) -> dict:
+        loss = sum(masked_loss(mae, on_device(batch, mae.device)).item() for batch in fixed) / batches
+        return {"score": -loss, "loss": loss}
 
     return validate
 
 # %% ../nbs/api/09_pretrain.ipynb #7789a74e
-def expectation(
-    model: torch.nn.Module,  # stays as it is
+def learn(
+    model: torch.nn.Module,  # what is trained
     loss: Callable[[torch.nn.Module, dict], Tensor],  # (model, batch) -> scalar
-    batch: Callable[[int], dict],  # index -> batch
+    batch: Callable[[int], dict],  # index -> batch of crops
+    encoder: Encoder,  # in the model: snapshots are taken of it, `on_step` is told it
     *,
-    budget: Budget,  # in seconds or steps
-    images: int,  # crops in a step
-    epoch: int,  # steps in an epoch
-    device: torch.device,  # that will train
-) -> str:  # one line
-    "What a budget will buy, from two steps on a copy of the model."
-    trial = copy.deepcopy(model).to(device).train()
-    for step in range(3):
-        if step == 1:
-            start = budget.now()
-        data = {name: value.to(device) for name, value in batch(step).items()}
-        loss(trial, data).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    each = (budget.now() - start) / 2
-    steps = budget.steps or max(1, round(budget.seconds / each))
-    seconds = steps * each
-    span = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
-    return f"About {images / each:.0f} crops a second: {steps} steps of {images}, {steps / epoch:.1f} epochs, in {span}."
+    crops: CropStore,  # that the batches are cut from
+    images: int,  # crops in a step, of all processes
+    budget: Budget,  # of any kind
+    base_lr: float,  # for a batch of 256
+    weight_decay: float,  # on matrices and kernels
+    settings: dict,  # beside these, what must be the same when the run is resumed; plain values
+    checkpoint: Path | None = None,  # from `checkpoint_beside`
+    snapshots: bool = True,  # keep the encoder as it was on the way
+    on_step: Callable[[Encoder, float], None] | None = None,  # told the encoder and the share of the budget spent
+    watch: Callable[[float], dict | None] | None = None,  # share of the budget spent -> figures for the history
+    progress: bool = True,  # say what there is to learn from and what to expect; show a bar
+    **options,  # more of `train.fit`
+) -> tuple[pd.DataFrame, Snapshots | None]:  # the history; the snapshots
+    "Go through `train.fit` as every objective without labels does."
+    lr, epoch = base_lr * images / 256, crops.steps_per_epoch(images)
+    groups = decay_groups(model, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=encoder.mean.device.type == "cuda")
+    kept = Snapshots(encoder, checkpoint) if snapshots else None
+    if progress and PartialState().is_main_process:
+        print(f"{crops}.")
+    history = fit(
+        model, loss, batch, optimizer, budget=budget.resolve(epoch), checkpoint=checkpoint, images=images, epoch=epoch, snapshots=kept,
+        settings={"batch": images, "lr": lr, "weight_decay": weight_decay} | settings, after_step=following(encoder, on_step, watch),
+        progress=progress, **options,
+    )
+    return history, kept
 
 # %% ../nbs/api/09_pretrain.ipynb #1424fcc5
 def pretrain(
@@ -407,31 +427,23 @@ def pretrain(
     """Pre-train a masked autoencoder (He et al. 2022; the recipe of AOI-SSL).
 
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
-    budget = parse_budget(budget)
+    budget, process = parse_budget(budget), Accelerator()
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
     loss_options = {"mask_ratio": mask_ratio, "norm_pix": norm_pix, "decoder_width": decoder_width}
     config, old = _plan(dataset, encoder, start_from, crop, patch_size, **loss_options)
-    crop, process = config.image_size, Accelerator()
-    plan = {"crop": crop, "batch_size": batch_size, "budget": budget, "precision": precision}
-    check_run(dataset, validation=validation, patience=patience, **plan)
-    crops = open_crops(dataset, crops, process, cell=crop, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
+    sizes = {"size": config.image_size, "batch_size": batch_size}
+    check_run(dataset, **sizes, budget=budget, precision=precision, validation=validation, patience=patience)
+    crops = open_crops(dataset, crops, process, cell=config.image_size, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     mae, inner = _learner(config, crops, old, start_from, seed, process.device)
-    change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
-    groups, lr = decay_groups(mae, weight_decay=weight_decay), base_rate(base_lr, adapting=old is not None) * total / 256
-    settings = {"config": config.to_json_string(), "images": names_digest(dataset), "batch": total, "lr": lr,
-                "weight_decay": weight_decay, "augment": change and asdict(change), "start_from": str(start_from)}
-    loss = lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss
-    batch = masked_batches(crops, inner, process, size=crop, batch_size=batch_size, augment=change)
-    budget, seen = budget.resolve(crops.steps_per_epoch(total)), Snapshots(inner, checkpoint) if snapshots else None
-    if progress and process.is_main_process:
-        sizes = {"images": total, "epoch": crops.steps_per_epoch(total)}
-        print(f"{crops}. {expectation(mae, loss, batch, budget=budget, **sizes, device=process.device)}")
-    history = fit(
-        mae, loss, batch, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
-        budget=budget, warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
-        validate=None if validation is None else _validation(validation, inner, crop, batch_size),
-        snapshots=seen, after_step=following(inner, on_step), patience=patience, report_to=report_to, images=total, progress=progress,
-        label="pre-training",
+    change = Augment() if augment is True else augment or None
+    history, kept = learn(
+        mae, masked_loss, masked_batches(crops, inner, **sizes, processes=process.num_processes, augment=change), inner, crops=crops,
+        images=batch_size * process.num_processes, budget=budget, base_lr=base_rate(base_lr, adapting=old is not None),
+        weight_decay=weight_decay, warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume,
+        settings={"config": config.to_json_string(), "images": names_digest(dataset), "augment": change and asdict(change),
+                  "start_from": str(start_from)},
+        validate=None if validation is None else held_out_loss(validation, inner, **sizes), patience=patience,
+        snapshots=snapshots, on_step=on_step, report_to=report_to, progress=progress, label="pre-training",
     )
-    result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history, seen)
+    result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history, kept)
     return finish_run(result, out, checkpoint, process, overwrite=overwrite)

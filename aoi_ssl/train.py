@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Budget', 'parse_budget', 'lr_factor', 'checkpoint_beside', 'forget_unfinished', 'journal_beside', 'read_journal',
-           'check_plan', 'fit', 'following']
+           'on_device', 'uses_bf16', 'check_plan', 'expectation', 'fit', 'following']
 
 # %% ../nbs/api/07_train.ipynb #e70167d6
+import copy
 import json
 import math
 import re
@@ -242,6 +243,22 @@ def _check_finite(values: list[float], first: int, batch: Callable[[int], dict],
                 "Lower the learning rate, use precision='fp32', and check the folder for broken images."
             )
 
+# %% ../nbs/api/07_train.ipynb #ffb50ca4
+def on_device(
+    batch: dict,  # tensors and plain values
+    device: str | torch.device,  # where the tensors go
+) -> dict:  # the same, there
+    "A batch where the model is."
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def uses_bf16(
+    precision: str,  # "auto", "fp32" or "bf16"
+    device: torch.device,  # that trains
+) -> bool:  # whether the forward pass runs under autocast
+    "bf16 where it is asked for, and by itself on a GPU that has it."
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
 # %% ../nbs/api/07_train.ipynb #3b8557e2
 def _take_step(model, loss, batch, optimizer, accelerator, *, autocast: bool, clip: float | None) -> Tensor:
     "One optimiser step; the loss, detached."
@@ -290,6 +307,35 @@ def _accelerator(report_to: str | Sequence | None, checkpoint: str | Path | None
         raise AoiError(f"report_to is {report_to!r}; the name of a tracker that accelerate knows was expected, such as "
                        f"'tensorboard' or 'wandb' ({e}).") from e  # fmt: skip
 
+# %% ../nbs/api/07_train.ipynb #b8d2c421
+def expectation(
+    model: nn.Module,  # stays as it is
+    loss: Callable[[nn.Module, dict], Tensor],  # (model, batch) -> scalar
+    batch: Callable[[int], dict],  # index -> batch
+    accelerator: Accelerator,  # the processes, and the device that will train
+    *,
+    budget: Budget,  # in seconds or steps
+    images: int,  # in a step, of all processes
+    epoch: int,  # steps in an epoch
+    autocast: bool = False,  # see `uses_bf16`
+    spent: float = 0.0,  # share of the budget that is spent already
+) -> str:  # one line
+    "What a budget will buy, from two steps on a copy of the model."
+    trial = copy.deepcopy(model).to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(p for p in trial.parameters() if p.requires_grad)
+    for step in range(3):
+        if step == 1:
+            start = budget.now()
+        data = on_device(batch(step * accelerator.num_processes + accelerator.process_index), accelerator.device)
+        _take_step(trial, loss, data, optimizer, accelerator, autocast=autocast, clip=None)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+    each, left = (budget.now() - start) / 2, 1.0 - spent
+    steps = max(1, round(left * (budget.steps or budget.seconds / each)))
+    seconds = steps * each
+    span = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+    return f"About {images / each:.0f} images a second: {steps} steps of {images}, {steps / epoch:.1f} epochs, in {span}."
+
 # %% ../nbs/api/07_train.ipynb #1ed2d639
 def fit(
     model: nn.Module,  # trained in place; the best weights are restored at the end if `validate` is given
@@ -311,6 +357,8 @@ def fit(
     save_every: float = 60.0,  # seconds between checkpoints
     settings: dict | None = None,  # of the run, plain values; resuming with others is refused
     images: int | None = None,  # images in a step, of all processes; their number a second is shown
+    epoch: int | None = None,  # steps in an epoch: with `images` and `progress`, what to expect is said before the first step
+    stop: Callable[[list[dict]], bool] | None = None,  # history so far -> whether to end here
     snapshots: Snapshots | None = None,  # keeps an encoder as it was on the way
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name ("tensorboard", "wandb" ...) or as objects
     progress: bool = True,  # show a bar
@@ -328,26 +376,24 @@ def fit(
         group.setdefault("initial_lr", group["lr"])
     if resume and checkpoint and Path(checkpoint).exists():
         run.load(Path(checkpoint), model, optimizer)
+    autocast, spent = uses_bf16(precision, accelerator.device), budget.progress(run.step, run.elapsed)
+    if progress and images and epoch and spent < 1.0:
+        sizes = {"images": images, "epoch": epoch, "autocast": autocast, "spent": spent}
+        accelerator.print(expectation(model, loss, batch, accelerator, budget=budget, **sizes))
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    cuda_bf16 = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    autocast = precision == "bf16" or (precision == "auto" and cuda_bf16)
     if report_to:
         accelerator.init_trackers("aoi_ssl", config={k: str(v) for k, v in run.settings.items()})
     loop = _Loop(run, model, prepared, optimizer, accelerator, budget, Path(checkpoint) if checkpoint else None, batch, snapshots)
-    bar = tqdm(total=100, desc=label, unit="%", disable=not (progress and accelerator.is_main_process), leave=False,
-               bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}")
-    with _interrupt_flag() as pressed, bar:
-        while not loop.done(patience):
+    with _interrupt_flag() as pressed, _bar(label, shown=progress and accelerator.is_main_process) as bar:
+        while not loop.done(patience, stop):
             loop.rate(warmup)
             index = loop.place(run.step)
             torch.manual_seed(step_seed(seed, index))
-            data = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch(index).items()}
+            data = on_device(batch(index), accelerator.device)
             loop.note(_take_step(prepared, loss, data, optimizer, accelerator, autocast=autocast, clip=clip), bool(pressed))
             loop.judge(validate, validations, after_step)
             loop.keep(save_every)
-            bar.n = round(100 * loop.clock.spent, 1)
-            bar.set_postfix_str(_summary(run, images), refresh=False)
-            bar.update(0)
+            _advance(bar, run, loop.clock.spent, images)
     if report_to:
         accelerator.end_training()
     return loop.finish(restore=validate is not None)
@@ -419,8 +465,9 @@ class _Loop:
         if self.snapshots is not None:
             self.snapshots.take(self.run.step, self.clock.spent)
 
-    def done(self, patience: int | None) -> bool:
-        return self.clock.spent >= 1.0 or (patience is not None and self.run.since_best >= patience)
+    def done(self, patience: int | None, stop) -> bool:
+        out_of_patience = patience is not None and self.run.since_best >= patience
+        return self.clock.spent >= 1.0 or out_of_patience or (stop is not None and stop(self.run.history))
 
     def rate(self, warmup: float) -> None:
         "Set the learning rates for the coming step."
@@ -484,6 +531,19 @@ class _Loop:
         return pd.DataFrame(self.run.history)
 
 # %% ../nbs/api/07_train.ipynb #bf1e7f4e
+def _bar(label: str, *, shown: bool) -> tqdm:
+    "The share of the budget that is spent."
+    return tqdm(total=100, desc=label, unit="%", disable=not shown, leave=False,
+                bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}")
+
+
+def _advance(bar: tqdm, run: _Run, spent: float, images: int | None) -> None:
+    "Move the bar; it is drawn a few times a second at most."
+    bar.n = round(100 * spent, 1)
+    bar.set_postfix_str(_summary(run, images), refresh=False)
+    bar.update(0)
+
+
 def _summary(run: _Run, images: int | None) -> str:
     "What stands beside the bar."
     known = [row["loss"] for row in run.history[-40:] if not math.isnan(row["loss"])]

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -365,6 +366,34 @@ def test_a_constant_encoder_is_noticed_once(model):
         assert after_step(0.5)["feature_std"] < 1e-6 and after_step(0.51) is None
 
 
+def test_patience_is_for_a_collapse_and_for_nothing_else(images, tmp_path):
+    "Answers that are never sharpened say nothing: given up at the first quarter, or two looks after it, also when resumed in between."
+    bad = SMALL | {"budget": "40 steps", "temperature": (1.0, 1.0)}
+    good = distill(images, **SMALL, budget="40 steps", patience=1)
+    assert len(good.history) == 40 and not good.history.collapsed.any()
+    with pytest.warns(UserWarning, match="dino is stopped after 25% of the budget: 2 looks in a row found a collapse"):
+        assert len(distill(images, **bad, patience=2).history) == 10
+    with pytest.warns(UserWarning, match="stopped after 35%"):
+        whole = distill(images, **bad, patience=7)
+    with pytest.raises(KeyboardInterrupt), warnings.catch_warnings(action="ignore"):
+        distill(images, tmp_path / "out", augment=stop_at(11), **bad, patience=7)
+    with pytest.warns(UserWarning, match="stopped after 35%"):
+        resumed = distill(images, tmp_path / "out", resume=True, **bad, patience=7)
+    assert len(whole.history) == 14 and resumed.history.loss.equals(whole.history.loss)
+    for patience in (0, 20, 1.5):
+        with pytest.raises(AoiError, match=rf"patience is {patience}; a whole number from 1 to 19"):
+            distill(images, **SMALL, budget="1 steps", patience=patience)
+
+
+def test_it_is_looked_at_on_held_out_images_where_there_are_some(images):
+    seen, held_out = images.select([0, 1]), images.select([2, 3])
+    a, b = (distill(seen, **SMALL, budget="2 steps", validation=given).history for given in (None, held_out))
+    assert a.loss.equals(b.loss) and not a.effective_rank.equals(b.effective_rank)
+    with warnings.catch_warnings(action="error"):
+        one = distill(seen, **(SMALL | {"batch_size": 1}), budget="3 steps").history
+    assert one.feature_std.iloc[0] > 0.05, "a batch of one crop is no collapse"
+
+
 # --- runs ---
 
 
@@ -453,14 +482,15 @@ def test_two_processes_have_the_losses_of_one(folder, tmp_path):
         from aoi_ssl.distill import distill
 
         main = PartialState(cpu=True).is_main_process
-        result = distill(load_folder({str(folder)!r})["train"], **({options!r} | {{"batch_size": 2}}))
+        result = distill(load_folder({str(folder)!r})["train"], **({options!r} | {{"batch_size": 2, "progress": True}}))
         if main:
             result.history.to_csv({str(tmp_path / "two.csv")!r})
     """)
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run(launch, check=True, env=environment, capture_output=True)
+    run = subprocess.run(launch, check=True, env=environment, capture_output=True, text=True, timeout=120)
+    assert len(re.findall(r"About \d+ images a second: 3 steps of 4", run.stdout)) == 1, "said once, measured by both"
     two, one = pd.read_csv(tmp_path / "two.csv"), distill(load_folder(folder)["train"], **options).history
     assert torch.allclose(torch.tensor(two.loss.tolist()), torch.tensor(one.loss.tolist()), atol=1e-4)
 

@@ -26,9 +26,9 @@ from aoi_ssl.data import channel_stats, load_folder
 from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder, mae_config, new_vit, quiet
 from aoi_ssl.pretrain import (
     Pretrained,
-    _validation,
     decay_groups,
     default_crop,
+    held_out_loss,
     load_pretrained,
     pretrain,
     visible_statistics,
@@ -181,9 +181,9 @@ def test_validation_is_fixed_and_never_augmented(images, monkeypatch):
     encoder = ViTEncoder(mae.vit)
     torch.manual_seed(1)
     with torch.no_grad():
-        a = _validation(images.select([0]), encoder, 64, 4)(mae)
+        a = held_out_loss(images.select([0]), encoder, size=64, batch_size=4)(mae)
         torch.manual_seed(2)
-        b = _validation(images.select([0]), encoder, 64, 4)(mae)
+        b = held_out_loss(images.select([0]), encoder, size=64, batch_size=4)(mae)
     assert a == b and a["score"] == -a["loss"]
 
 
@@ -436,7 +436,7 @@ def test_a_tracker_hears_of_every_tenth_step(images):
 def test_what_to_expect_is_said_before_the_first_step_and_changes_nothing(images, capsys):
     said, loud = [], {**SMALL, "progress": True}
     told = pretrain(images, **loud, budget="18 steps", on_step=lambda *_: said.append(capsys.readouterr().out))
-    assert re.search(r"About \d+ crops a second: 18 steps of 4, 0\.5 epochs, in \d+ s\.", said[0])  # 36 steps an epoch
+    assert re.search(r"About \d+ images a second: 18 steps of 4, 0\.5 epochs, in \d+ s\.", said[0])  # 36 steps an epoch
     assert not any(said[1:]) and told.history.loss.equals(pretrain(images, **SMALL, budget="18 steps").history.loss)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,6 +167,39 @@ def test_early_stopping_restores_the_best_weights():
     )
     assert len(seen) == 5 and len(history) == 50
     assert model[3].bias.item() == seen[1] and not model.training
+
+
+def test_a_run_ends_where_it_is_told_to_also_when_it_goes_on(tmp_path):
+    file, stop = tmp_path / "run.checkpoint", lambda history: len(history) == 12
+    model, optimizer = start()
+    whole = fit(model, loss, batch, optimizer, budget="20 steps", checkpoint=file, save_every=0.0, stop=stop, progress=False)
+    again, optimizer = start()
+    resumed = fit(again, loss, batch, optimizer, budget="20 steps", checkpoint=file, resume=True, stop=stop, progress=False)
+    assert len(whole) == 12 and resumed.loss.equals(whole.loss)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_what_to_expect_is_measured_on_a_copy_and_counts_what_is_left(capsys):
+    "Every step works 20 ms of CPU time: 50 steps in a second, 40 of which are left."
+    from aoi_ssl.train import expectation
+
+    def working(index):
+        asked.append(index)
+        end = time.process_time() + 0.02
+        while time.process_time() < end:
+            pass
+        return batch(index)
+
+    asked, (model, _) = [], start()
+    before = [p.clone() for p in model.parameters()]
+    second = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cpu"), backward=lambda value: value.backward())
+    line = expectation(model, loss, working, second, budget=Budget(steps=50, clock="cpu"), images=8, epoch=10, spent=0.2)
+    speed, steps, epochs, seconds = re.match(r"About (\d+) images a second: (\d+) steps of 8, (.*) epochs, in (\d+) s", line).groups()
+    assert asked == [1, 3, 5] and (steps, epochs) == ("40", "4.0") and 100 < int(speed) <= 400 and 1 <= int(seconds) < 4
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and model[0].weight.grad is None
+    for progress, images in ((True, 8), (True, None), (False, 8)):
+        fit(*_args(), budget="2 steps", images=images, epoch=5, progress=progress)
+    assert capsys.readouterr().out.count("About") == 1
 
 
 def test_patience_longer_than_the_run_is_refused():
