@@ -95,16 +95,22 @@ def _reads_folder(
     return run
 
 # %% ../nbs/api/25_cli.ipynb #9f0fb989
-def _images(folder: Path, reading: dict, *, split: str | None = None, device: str | None = None, labelled: bool = False):
-    "The images of a folder as one dataset, narrowed to a split, a device, or the labelled ones."
+def _images(
+    folder: Path, reading: dict, *, split: str | None = None, without: str | None = None, device: str | None = None, labelled: bool = False
+):
+    "The images of a folder as one dataset: of a split, or of all but one that is kept for judging; of a device; the labelled ones."
     from datasets import concatenate_datasets
 
     from aoi_ssl.data import ImageList, load_folder
 
     splits = load_folder(folder, **reading)
-    if split is not None and split not in splits:
-        raise AoiError(f"The folder has no split {split!r}; it has {', '.join(splits)}. Choose one, or drop --split.")
-    images = splits[split] if split else concatenate_datasets([*splits.values()])
+    for name in {split, without} - {None, *splits}:
+        raise AoiError(f"The folder has no split {name!r}; it has {', '.join(splits)}. Choose one, or leave the option out.")
+    chosen = [images for name, images in splits.items() if split in (None, name) and name != without]
+    if not chosen:
+        raise AoiError(f"The split {without!r} is kept for judging, and no other is left to learn from; one that is learned from was "
+                       f"expected. Mark images as another split in meta.csv, or leave the option out.")
+    images = concatenate_datasets(chosen)
     devices = ImageList(images).devices
     if device is not None and device not in devices:
         raise AoiError(f"No image is of device {device!r}; there are {', '.join(sorted(set(devices)))}. Choose one.")
@@ -165,22 +171,20 @@ _OBJECTIVES = {"mae": "pretrain", "dino": "distill", "ibot": "distill", "hiera":
 
 def _objective(
     name: str,  # a key of _OBJECTIVES
-    options: dict,  # of `pretrain`, given or not
+    options: dict,  # of `pretrain`; None: not given
 ) -> tuple[Callable, dict]:  # the verb, and its options
     "What trains an objective. Raises `AoiError` for one that there is not, or an option that it does not have."
     import aoi_ssl
 
     if name not in _OBJECTIVES:
         raise AoiError(f"--objective is {name!r}; one of {', '.join(_OBJECTIVES)} was expected.")
-    verb = getattr(aoi_ssl, _OBJECTIVES[name])
-    known, default = (inspect.signature(v).parameters for v in (verb, aoi_ssl.pretrain))
-    if wrong := [n for n, value in options.items() if n not in known and value != default[n].default]:
+    verb, given = getattr(aoi_ssl, _OBJECTIVES[name]), {n: value for n, value in options.items() if value is not None}
+    if wrong := [n for n in given if n not in inspect.signature(verb).parameters]:
         option = {"start_from": "--from"}.get(wrong[0], f"--{wrong[0].replace('_', '-')}")
         raise AoiError(f"{option} is no option of --objective {name}. Leave it out, or choose --objective mae.")
-    options = {n: value for n, value in options.items() if n in known}
-    if name == "hiera":
-        options["encoder"] = f"hiera-{options['encoder']}"
-    return verb, options | ({"objective": name} if verb is aoi_ssl.distill else {})
+    if name == "hiera" and "encoder" in given:
+        given["encoder"] = f"hiera-{given['encoder']}"
+    return verb, given | ({"objective": name} if verb is aoi_ssl.distill else {})
 
 # %% ../nbs/api/25_cli.ipynb #81a6707d
 @app.command()
@@ -189,11 +193,19 @@ def pretrain(
     folder: Folder,
     out: Out = Path("runs/encoder"),
     objective: Annotated[str, typer.Option(help="What it learns by: mae, dino, ibot or hiera.")] = "mae",
-    encoder: Annotated[str, typer.Option(help="Preset: tiny or small.")] = "tiny",
+    encoder: Annotated[str | None, typer.Option(help="Preset: tiny or small; tiny, or that of --from.")] = None,
     budget: Budget = "5m",
+    validation: Annotated[str | None, typer.Option(help="Split to hold out: its loss chooses the weights (dino, ibot: it is "
+                                                        "looked at for a collapse).")] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many of ten validations in a row without a better one (dino, "
+                                                      "ibot: of twenty looks that find a collapse).")] = None,
     crop: Annotated[int | None, typer.Option(help="Side of the crops; 224, or less if images are smaller.")] = None,
-    patch_size: Annotated[int, typer.Option(help="Pixels per patch and side.")] = 16,
+    patch_size: Annotated[int | None, typer.Option(help="Pixels per patch and side; 16, or that of --from.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Crops in a step, of each process.")] = 32,
+    base_lr: Annotated[float | None, typer.Option(help="Learning rate for a batch of 256; by default that of the objective.")] = None,
     start_from: Annotated[Path | None, typer.Option("--from", help="Go on from a folder, or aoi-mae-small.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    report_to: Annotated[str | None, typer.Option(help="Trackers, comma-separated: tensorboard, wandb ...")] = None,
     split: Split = None,
     seed: Seed = 0,
     resume: Resume = False,
@@ -201,10 +213,13 @@ def pretrain(
     *,
     reading: dict,
 ) -> None:
-    "Pre-train an encoder on the images of a folder; labels are not read."
-    options = {"encoder": encoder, "crop": crop, "patch_size": patch_size, "start_from": start_from, "budget": budget}
-    verb, options = _objective(objective, options)
-    images = _images(folder, reading, split=split)
+    "Pre-train an encoder on the images of a folder, without those held out; labels are not read."
+    verb, options = _objective(objective, {
+        "encoder": encoder, "budget": budget, "patience": patience, "crop": crop, "patch_size": patch_size, "batch_size": batch_size,
+        "base_lr": base_lr, "start_from": start_from, "precision": precision, "report_to": _names(report_to)})
+    images = _images(folder, reading, split=split, without=validation)
+    if validation is not None:
+        options["validation"] = _images(folder, reading, split=validation)
     result = verb(images, out, **options, seed=seed, resume=resume, overwrite=overwrite)
     typer.echo(f"{len(result.history)} steps, last loss {result.history.loss.iloc[-1]:.4f}; encoder written to {out}.")
 
@@ -251,11 +266,11 @@ def finetune(
     *,
     reading: dict,
 ) -> None:
-    "Fine-tune UperNet on labelled images; with --calibration, choose its thresholds on that split."
+    "Fine-tune UperNet on labelled images; with --calibration, choose its thresholds on that split, which is not trained on."
     from aoi_ssl.encoder import Encoder
     from aoi_ssl.segment import finetune as verb
 
-    images = _images(folder, reading, split=split, device=device, labelled=True)
+    images = _images(folder, reading, split=split, without=calibration, device=device, labelled=True)
     held = _images(folder, reading, split=calibration, labelled=True) if calibration else None
     start = Encoder.from_pretrained(encoder)
     result = verb(images, start, out, calibration=held, budget=budget, seed=seed, resume=resume, overwrite=overwrite)

@@ -237,15 +237,41 @@ def default_crop(
         )
     return crop
 
+# %% ../nbs/api/09_pretrain.ipynb #a267030a
+_DRAWN = {"encoder": "tiny", "patch_size": 16, "decoder_width": 128}  # the shape of what begins with drawn weights
 
-def _plan(dataset, encoder: str, start_from, crop: int | None, patch_size: int, **options) -> tuple:
+
+def _shape(
+    asked: dict,  # encoder, patch_size and decoder_width; None: not asked for
+    start_from: str | Path | None,  # the weights to go on from
+    old: ViTEncoder | None,  # the same, opened
+) -> dict:  # the three; encoder is None for weights in a shape that has no name
+    "The shape that is asked for, or else that of the weights, or the default. Raises `AoiError` where the weights have another."
+    has = {}
+    if old is not None:
+        config = old.vit.config
+        names = [name for name, sizes in PRESETS.items() if all(getattr(config, n) == size for n, size in sizes.items())]
+        has = {"encoder": names[0] if names else None, "patch_size": old.patch_size}
+        if holds_autoencoder(resolve_encoder(start_from)):
+            has["decoder_width"] = config.decoder_hidden_size
+    for name, value in has.items():
+        if asked[name] not in (None, value):
+            raise AoiError(
+                f"{name} is {asked[name]!r}, but the weights of {start_from} have {name} {value!r}; to go on from weights is to keep "
+                f"their shape. Leave {name} out, or begin with drawn weights: no start_from (on the command line: --from)."
+            )
+    return _DRAWN | {name: value for name, value in asked.items() if value is not None} | has
+
+
+def _plan(dataset, asked: dict, start_from, crop: int | None, **options) -> tuple:
     "The configuration of the autoencoder, and the encoder to go on from, if any."
     channels = channel_count(dataset)
     old = None if start_from is None else ViTEncoder.from_pretrained(start_from, channels=channels)
-    patch_size = patch_size if old is None else old.patch_size
+    shape = _shape(asked, start_from, old)
+    encoder, patch_size = shape.pop("encoder"), shape["patch_size"]
     crop = default_crop(dataset, most=224, patch_size=patch_size) if crop is None else crop
-    config = mae_config(encoder, channels=channels, patch_size=patch_size, image_size=crop, **options)
-    for name in (*PRESETS[encoder], "decoder_hidden_size", "decoder_intermediate_size") if old is not None else ():
+    config = mae_config(encoder or _DRAWN["encoder"], channels=channels, image_size=crop, **shape, **options)
+    for name in PRESETS[_DRAWN["encoder"]] if old is not None else ():
         setattr(config, name, getattr(old.vit.config, name))
     return config, old
 
@@ -399,16 +425,16 @@ def pretrain(
     dataset,  # images to learn from, of data.load_folder; labels are not read
     out: str | Path | None = None,  # the folder to write; nothing is written by default
     *,
-    encoder: str = "tiny",  # preset: "tiny" or "small" (the paper's)
+    encoder: str | None = None,  # preset: "tiny" or "small" (the paper's); None: "tiny", or that of `start_from`
     budget: str | float | Budget = "5m",  # "5m", "2000 steps", "50 epochs"
     validation=None,  # held-out images; the weights with the lowest loss on them are kept
     patience: int | None = None,  # stop after so many of the ten validations in a row without a better one
     crop: int | None = None,  # pixels, a multiple of the patch size; 224 by default, less if images are smaller
-    patch_size: int = 16,  # pixels per patch and side
+    patch_size: int | None = None,  # pixels per patch and side; None: 16, or that of `start_from`
     batch_size: int = 32,  # crops, of each process
     mask_ratio: float = 0.7,  # share of the patches that are hidden
     norm_pix: bool = True,  # normalise each patch in the loss
-    decoder_width: int = 128,  # of the decoder's tokens, a multiple of 4
+    decoder_width: int | None = None,  # of the decoder's tokens, a multiple of 4; None: 128, or that of `start_from`
     base_lr: float | None = None,  # for a batch of 256; None: 1.2e-2 (at 32 it is 1.5e-3), or 2e-3 to go on from weights
     weight_decay: float = 0.05,  # on matrices and kernels
     warmup: float = 0.05,  # share of the budget
@@ -417,7 +443,7 @@ def pretrain(
     resume: bool = False,  # go on with an unfinished run
     overwrite: bool = False,  # replace `out` if it is not empty
     crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
-    start_from: str | Path | None = None,  # go on from a folder or "aoi-mae-small"; its `encoder`, `patch_size` and `decoder_width` count
+    start_from: str | Path | None = None,  # go on from a folder or "aoi-mae-small", in its shape; None: drawn weights
     precision: str = "auto",  # see train.fit
     snapshots: bool = True,  # keep the encoder as it was at the start and three times on the way, for `watch`
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
@@ -429,8 +455,8 @@ def pretrain(
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
     budget, process = parse_budget(budget), Accelerator()
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
-    loss_options = {"mask_ratio": mask_ratio, "norm_pix": norm_pix, "decoder_width": decoder_width}
-    config, old = _plan(dataset, encoder, start_from, crop, patch_size, **loss_options)
+    shape = {"encoder": encoder, "patch_size": patch_size, "decoder_width": decoder_width}
+    config, old = _plan(dataset, shape, start_from, crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
     sizes = {"size": config.image_size, "batch_size": batch_size}
     check_run(dataset, **sizes, budget=budget, precision=precision, validation=validation, patience=patience)
     crops = open_crops(dataset, crops, process, cell=config.image_size, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)

@@ -535,10 +535,12 @@ def test_views_that_are_none_are_refused():
 
 def test_the_options_that_pretrain_has_mean_the_same_here():
     theirs, ours = (inspect.signature(f).parameters for f in (pretrain, distill))
-    shared = set(theirs) & set(ours) - {"base_lr", "encoder"}
+    shared = set(theirs) & set(ours) - {"base_lr", "encoder", "patch_size"}  # None there: the shape of the weights to go on from
+    assert ours["encoder"].default == "tiny" and ours["patch_size"].default == 16
     assert {
         "crop",
-        "patch_size",
+        "validation",
+        "patience",
         "batch_size",
         "weight_decay",
         "warmup",
