@@ -13,7 +13,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .augment import Augment
-from .core import AoiError, step_seed, whole_number
+from .core import AoiError, real_number, step_seed, whole_number
 from .crops import CropStore, open_crops, store_images
-from .data import channel_count, names_digest
+from .data import channel_count
 from .encoder import ViTEncoder, mae_config, new_vit
 from .pretrain import check_run, default_crop, finish_run, learn, save_run
 from .snapshots import Snapshots
@@ -543,6 +543,16 @@ def _check_views(views: Views, config: ViTMAEConfig, **chosen: str) -> None:
         raise AoiError(f"lights={chosen['lights']!r} makes views of single lights, but the images have {channels} "
                        "channel. Use lights='both'.")
 
+# %% ../nbs/api/10_distill.ipynb #d8bfa69d
+def _check_head(prototypes: int, momentum: float, temperature: Sequence[float], patience: int | None) -> None:
+    "Raise `AoiError` for a head or a teacher that cannot work, or patience with it that cannot run out."
+    if patience is not None:
+        whole_number("patience", patience, 1, LOOKS - 1)
+    whole_number("prototypes", prototypes, 2)
+    real_number("momentum", momentum, 0, 1)
+    for value in temperature:
+        real_number("temperature", value, above=True)
+
 # %% ../nbs/api/10_distill.ipynb #f8f320d7
 def new_distillation(
     vit: ViTMAEModel,  # of student and, copied, of the teacher
@@ -609,22 +619,22 @@ def distill(
     head = {"prototypes": prototypes, "momentum": momentum, "temperature": list(temperature)}
     crop, views, config = _plan(dataset, encoder, crop, patch_size, views)
     sizes = {"size": crop, "batch_size": batch_size}
-    check_run(dataset, **sizes, budget=budget, precision=precision, validation=validation)
+    plan = {"budget": budget, "precision": precision, "base_lr": base_lr, "weight_decay": weight_decay, "warmup": warmup,
+            "report_to": report_to}
+    check_run(dataset, **sizes, **plan, validation=validation)
     _check_views(views, config, **chosen)
-    patience = None if patience is None else whole_number("patience", patience, 1, LOOKS - 1)
+    _check_head(**head, patience=patience)
     crops = open_crops(dataset, crops, process, cell=crop, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     model, inner = _student_and_teacher(config, crops, seed, objective, pool, head, process.device)
     change = Augment() if augment is True else augment or None
     batches = view_batches(crops, views, inner, **sizes, lights=lights, augment=change, processes=process.num_processes,
                            masks=objective == "ibot")
-    looked_at = crops if validation is None else store_images(validation, cell=crop)
+    looked_at = (crops if validation is None else store_images(validation, cell=crop)).batch(0, max(batch_size, 8), size=crop)
     history, kept = learn(
-        model, lambda model, batch: model(batch), batches, inner, crops=crops, images=batch_size * process.num_processes,
-        budget=budget, base_lr=base_lr, weight_decay=weight_decay, warmup=warmup, seed=seed, precision=precision, clip=3.0,
-        checkpoint=checkpoint, resume=resume, settings=chosen | head | {
-            "config": config.to_json_string(), "images": names_digest(dataset), "augment": change and asdict(change), "views": str(views)},
-        watch=_watch(model, inner, looked_at.batch(0, max(batch_size, 8), size=crop)), stop=_collapse_stop(model, patience),
-        snapshots=snapshots, on_step=on_step, report_to=report_to, progress=progress, label=objective,
+        model, lambda model, batch: model(batch), batches, inner, dataset=dataset, crops=crops, config=config,
+        batch_size=batch_size, augment=change, settings={"views": str(views)} | chosen | head, **plan, clip=3.0,
+        seed=seed, checkpoint=checkpoint, resume=resume, watch=_watch(model, inner, looked_at), stop=_collapse_stop(model, patience),
+        snapshots=snapshots, on_step=on_step, progress=progress, label=objective,
     )
     result = Distilled(inner.eval(), model.eval(), history, kept)
     return finish_run(result, out, checkpoint, process, overwrite=overwrite)

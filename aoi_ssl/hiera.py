@@ -8,7 +8,7 @@ __all__ = ['HIERA_PRESETS', 'unrolled_order', 'hiera_config', 'new_hiera', 'fix_
 
 # %% ../nbs/api/10_hiera.ipynb #075b3fe9
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .augment import Augment
 from .core import AoiError
 from .crops import CropStore, open_crops
-from .data import channel_count, names_digest
+from .data import channel_count
 from .encoder import Encoder, quiet, sincos_positions
 from aoi_ssl.pretrain import (
     DRAWN_LR,
@@ -235,18 +235,18 @@ def pretrain_hiera(
     crop = default_crop(dataset, most=224, patch_size=16) if crop is None else crop
     config = hiera_config(encoder, channels=channel_count(dataset), image_size=crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
     sizes = {"size": crop, "batch_size": batch_size}
-    check_run(dataset, **sizes, budget=budget, precision=precision, validation=validation, patience=patience)
+    plan = {"budget": budget, "precision": precision, "base_lr": base_lr, "weight_decay": weight_decay, "warmup": warmup,
+            "report_to": report_to}
+    check_run(dataset, **sizes, **plan, validation=validation, patience=patience)
     crops = open_crops(dataset, crops, process, cell=crop, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     mae = new_hiera(config, model=HieraForPreTraining, seed=seed)
     inner, units = (HieraEncoder(mae.hiera, mean=crops.mean, std=crops.std, stages=n).to(process.device) for n in (stages, (3,)))
     change = Augment() if augment is True else augment or None
     history, kept = learn(
-        mae, masked_loss, masked_batches(crops, units, **sizes, processes=process.num_processes, augment=change), inner, crops=crops,
-        images=batch_size * process.num_processes, budget=budget, base_lr=base_lr, weight_decay=weight_decay, warmup=warmup,
-        seed=seed, precision=precision, checkpoint=checkpoint, resume=resume,
-        settings={"config": config.to_json_string(), "images": names_digest(dataset), "augment": change and asdict(change)},
+        mae, masked_loss, masked_batches(crops, units, **sizes, processes=process.num_processes, augment=change), inner, dataset=dataset,
+        crops=crops, config=config, batch_size=batch_size, augment=change, **plan, seed=seed, checkpoint=checkpoint, resume=resume,
         validate=None if validation is None else held_out_loss(validation, units, **sizes), patience=patience,
-        snapshots=snapshots, on_step=on_step, report_to=report_to, progress=progress, label="pre-training",
+        snapshots=snapshots, on_step=on_step, progress=progress, label="pre-training",
     )
     result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history, kept)
     return finish_run(result, out, checkpoint, process, overwrite=overwrite)

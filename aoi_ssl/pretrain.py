@@ -20,7 +20,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from .augment import Augment
-from .core import AoiError, new_folder, read_json, step_seed, whole_number
+from .core import AoiError, new_folder, read_json, real_number, step_seed, whole_number
 from .crops import CropStore, open_crops, store_images
 from .data import channel_count, names_digest
 from aoi_ssl.encoder import (
@@ -237,7 +237,7 @@ def default_crop(
         )
     return crop
 
-# %% ../nbs/api/09_pretrain.ipynb #a267030a
+# %% ../nbs/api/09_pretrain.ipynb #d51f0869
 _DRAWN = {"encoder": "tiny", "patch_size": 16, "decoder_width": 128}  # the shape of what begins with drawn weights
 
 
@@ -343,11 +343,17 @@ def check_run(
     batch_size: int,  # crops
     budget: Budget,  # of any kind
     precision: str,  # "auto", "fp32" or "bf16"
+    base_lr: float,  # for a batch of 256
+    weight_decay: float,  # on matrices and kernels
+    warmup: float,  # share of the budget
+    report_to: str | Sequence | None,  # trackers
     validation=None,  # held-out images; None: nothing is validated
     patience: int | None = None,  # validations in a row without a better loss
 ) -> None:
     "Raise `AoiError` for what is wrong with a run without labels, as far as it shows without reading an image."
-    check_plan(budget.resolve(1), validation, 10, patience, precision)
+    check_plan(budget.resolve(1), validation, 10, patience, precision, warmup=warmup, report_to=report_to)
+    real_number("base_lr", base_lr, above=True)
+    real_number("weight_decay", weight_decay)
     whole_number("batch_size", batch_size, 1)
     check_crops(dataset, size=size)
     if validation is None:
@@ -393,12 +399,15 @@ def learn(
     batch: Callable[[int], dict],  # index -> batch of crops
     encoder: Encoder,  # in the model: snapshots are taken of it, `on_step` is told it
     *,
-    crops: CropStore,  # that the batches are cut from
-    images: int,  # crops in a step, of all processes
+    dataset,  # the images
+    crops: CropStore,  # the same, decoded
+    config,  # of transformers: the shape of the model
+    batch_size: int,  # crops in a step, of each process
+    augment: Augment | None,  # what changes them
     budget: Budget,  # of any kind
     base_lr: float,  # for a batch of 256
     weight_decay: float,  # on matrices and kernels
-    settings: dict,  # beside these, what must be the same when the run is resumed; plain values
+    settings: dict | None = None,  # beside these, what must be the same when the run is resumed; plain values
     checkpoint: Path | None = None,  # from `checkpoint_beside`
     snapshots: bool = True,  # keep the encoder as it was on the way
     on_step: Callable[[Encoder, float], None] | None = None,  # told the encoder and the share of the budget spent
@@ -407,16 +416,18 @@ def learn(
     **options,  # more of `train.fit`
 ) -> tuple[pd.DataFrame, Snapshots | None]:  # the history; the snapshots
     "Go through `train.fit` as every objective without labels does."
+    process = PartialState()
+    images = batch_size * process.num_processes
     lr, epoch = base_lr * images / 256, crops.steps_per_epoch(images)
-    groups = decay_groups(model, weight_decay=weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=encoder.mean.device.type == "cuda")
-    kept = Snapshots(encoder, checkpoint) if snapshots else None
-    if progress and PartialState().is_main_process:
+    same = {"config": config.to_json_string(), "images": names_digest(dataset), "batch": images, "lr": lr, "weight_decay": weight_decay,
+            "augment": augment and asdict(augment)}
+    groups, kept = decay_groups(model, weight_decay=weight_decay), Snapshots(encoder, checkpoint) if snapshots else None
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda")
+    if progress and process.is_main_process:
         print(f"{crops}.")
     history = fit(
-        model, loss, batch, optimizer, budget=budget.resolve(epoch), checkpoint=checkpoint, images=images, epoch=epoch, snapshots=kept,
-        settings={"batch": images, "lr": lr, "weight_decay": weight_decay} | settings, after_step=following(encoder, on_step, watch),
-        progress=progress, **options,
+        model, loss, batch, optimizer, budget=budget.resolve(epoch), checkpoint=checkpoint, settings=same | (settings or {}), images=images,
+        epoch=epoch, snapshots=kept, after_step=following(encoder, on_step, watch), progress=progress, **options,
     )
     return history, kept
 
@@ -458,18 +469,18 @@ def pretrain(
     shape = {"encoder": encoder, "patch_size": patch_size, "decoder_width": decoder_width}
     config, old = _plan(dataset, shape, start_from, crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
     sizes = {"size": config.image_size, "batch_size": batch_size}
-    check_run(dataset, **sizes, budget=budget, precision=precision, validation=validation, patience=patience)
+    plan = {"budget": budget, "precision": precision, "weight_decay": weight_decay, "warmup": warmup, "report_to": report_to,
+            "base_lr": base_rate(base_lr, adapting=old is not None)}
+    check_run(dataset, **sizes, **plan, validation=validation, patience=patience)
     crops = open_crops(dataset, crops, process, cell=config.image_size, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     mae, inner = _learner(config, crops, old, start_from, seed, process.device)
     change = Augment() if augment is True else augment or None
     history, kept = learn(
-        mae, masked_loss, masked_batches(crops, inner, **sizes, processes=process.num_processes, augment=change), inner, crops=crops,
-        images=batch_size * process.num_processes, budget=budget, base_lr=base_rate(base_lr, adapting=old is not None),
-        weight_decay=weight_decay, warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume,
-        settings={"config": config.to_json_string(), "images": names_digest(dataset), "augment": change and asdict(change),
-                  "start_from": str(start_from)},
+        mae, masked_loss, masked_batches(crops, inner, **sizes, processes=process.num_processes, augment=change), inner, dataset=dataset,
+        crops=crops, config=config, batch_size=batch_size, augment=change, settings={"start_from": str(start_from)}, **plan,
+        seed=seed, checkpoint=checkpoint, resume=resume,
         validate=None if validation is None else held_out_loss(validation, inner, **sizes), patience=patience,
-        snapshots=snapshots, on_step=on_step, report_to=report_to, progress=progress, label="pre-training",
+        snapshots=snapshots, on_step=on_step, progress=progress, label="pre-training",
     )
     result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history, kept)
     return finish_run(result, out, checkpoint, process, overwrite=overwrite)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Budget', 'parse_budget', 'lr_factor', 'checkpoint_beside', 'forget_unfinished', 'journal_beside', 'read_journal',
-           'on_device', 'uses_bf16', 'check_plan', 'expectation', 'fit', 'following']
+           'on_device', 'uses_bf16', 'check_trackers', 'check_plan', 'expectation', 'fit', 'following']
 
 # %% ../nbs/api/07_train.ipynb #e70167d6
 import copy
@@ -13,6 +13,7 @@ import math
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +24,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .core import AoiError, atomic_path, check_free, step_seed
+from .core import AoiError, atomic_path, check_free, real_number, step_seed
 from .snapshots import Snapshots
 
 # %% ../nbs/api/07_train.ipynb #5b5cfcf3
@@ -227,19 +229,21 @@ def _judge(run: _Run, figures: dict, model: nn.Module) -> dict:
     return {f"validation_{k}": float(v) for k, v in figures.items()}
 
 # %% ../nbs/api/07_train.ipynb #cd548d71
-def _check_finite(values: list[float], first: int, batch: Callable[[int], dict], checkpoint: Path | None, place: Callable) -> None:
-    "Raise `AoiError` if a loss is no number, after saving the batch that it came from beside the checkpoint."
+def _save_batch(batch: dict, checkpoint: Path | None, rank: int) -> Path:
+    "Write the tensors of a batch beside the checkpoint, or to a temporary folder where there is none; the file."
+    ending = f".batch{f'_{rank}' if rank else ''}.safetensors"
+    path = checkpoint.with_suffix(ending) if checkpoint else Path(tempfile.mkdtemp(prefix="aoi_ssl_")) / f"run{ending}"
+    with atomic_path(path) as aside:
+        save_file({name: v.cpu().contiguous() for name, v in batch.items() if isinstance(v, Tensor)}, aside)
+    return path
+
+
+def _check_finite(values: list[float], first: int, save: Callable[[int], Path]) -> None:
+    "Raise `AoiError` if a loss is no number, after saving the batch that it came from."
     for step, value in enumerate(values, first):
         if not math.isfinite(value):
-            said = ""
-            if checkpoint is not None:
-                path = checkpoint.with_suffix(".batch.safetensors")
-                tensors = {name: v.cpu().contiguous() for name, v in batch(place(step)).items() if isinstance(v, Tensor)}
-                with atomic_path(path) as aside:
-                    save_file(tensors, aside)
-                said = f" The batch is in {path}."
             raise AoiError(
-                f"The loss became {value} at step {step}; a finite number was expected.{said} "
+                f"The loss became {value} at step {step}; a finite number was expected. The batch is in {save(step)}. "
                 "Lower the learning rate, use precision='fp32', and check the folder for broken images."
             )
 
@@ -271,6 +275,21 @@ def _take_step(model, loss, batch, optimizer, accelerator, *, autocast: bool, cl
     optimizer.step()
     return value.detach()
 
+# %% ../nbs/api/07_train.ipynb #8d8c701e
+def check_trackers(
+    report_to: str | Sequence | None,  # trackers, by name or as objects
+) -> None:
+    "Raise `AoiError` for a tracker that `accelerate` does not know, or that is not installed."
+    listed = list(report_to) if isinstance(report_to, list | tuple) else [report_to] if report_to else []
+    here, known = ([str(name) for name in names] for names in (get_available_trackers(), LOGGER_TYPE_TO_CLASS))
+    for name in (str(one) for one in listed if not isinstance(one, GeneralTracker)):
+        if name not in ("all", *known):
+            raise AoiError(f"report_to is {report_to!r}; names of trackers that accelerate knows were expected: {', '.join(known)}.")
+        if (name == "all" and not here) or (name in [str(kind) for kind in LoggerType] and name not in ("all", *here)):
+            missing, package = ("no tracker is", "tensorboard") if name == "all" else (f"{name} is not", name.replace("_", "-"))
+            raise AoiError(f"report_to is {report_to!r}, but {missing} installed here; installed trackers were expected, or it would hear "
+                           f"nothing. Run `pip install {package}`, or leave report_to out.")  # fmt: skip
+
 # %% ../nbs/api/07_train.ipynb #605bf7ce
 def check_plan(
     budget: Budget,  # in seconds or steps
@@ -278,8 +297,13 @@ def check_plan(
     validations: int,  # how many there will be
     patience: int | None,  # validations in a row without a better score
     precision: str,  # "auto", "fp32" or "bf16"
+    *,
+    warmup: float = 0.05,  # share of the budget
+    report_to: str | Sequence | None = None,  # trackers
 ) -> None:
     "Raise `AoiError` for a plan that cannot do what it says."
+    real_number("warmup", warmup, 0, 1)
+    check_trackers(report_to)
     if budget.epochs is not None:
         raise AoiError("fit needs a budget in steps or seconds; call budget.resolve(steps_per_epoch) first.")
     if budget.clock == "cpu" and ((process := PartialState()).num_processes > 1 or process.device.type != "cpu"):
@@ -301,11 +325,7 @@ def _accelerator(report_to: str | Sequence | None, checkpoint: str | Path | None
     if not report_to:
         return Accelerator()
     logs = str(Path(checkpoint).with_suffix(".logs")) if checkpoint else "aoi_ssl.logs"
-    try:
-        return Accelerator(log_with=report_to, project_config=ProjectConfiguration(project_dir=logs, logging_dir=logs))
-    except ValueError as e:
-        raise AoiError(f"report_to is {report_to!r}; the name of a tracker that accelerate knows was expected, such as "
-                       f"'tensorboard' or 'wandb' ({e}).") from e  # fmt: skip
+    return Accelerator(log_with=report_to, project_config=ProjectConfiguration(project_dir=logs, logging_dir=logs))
 
 # %% ../nbs/api/07_train.ipynb #b8d2c421
 def expectation(
@@ -369,7 +389,7 @@ def fit(
     Raises `AoiError` for a plan that cannot work, a loss that is not finite, or a checkpoint of another run;
     `KeyboardInterrupt` on Ctrl-C, after the step is finished and the checkpoint is saved."""
     budget = parse_budget(budget)
-    check_plan(budget, validate, validations, patience, precision)
+    check_plan(budget, validate, validations, patience, precision, warmup=warmup, report_to=report_to)
     accelerator = _accelerator(report_to, checkpoint)
     run = _Run({"budget": str(budget), "seed": seed, "warmup": warmup, "processes": accelerator.num_processes} | (settings or {}))
     for group in optimizer.param_groups:
@@ -452,7 +472,8 @@ class _Loop:
         self.run, self.model, self.prepared, self.optimizer = run, model, prepared, optimizer
         self.accelerator, self.checkpoint = accelerator, checkpoint
         self.clock, self.saved, self.kept = _Clock(budget, run, accelerator), run.elapsed, False
-        self.losses = _Losses(accelerator, lambda values, first: _check_finite(values, first, batch, checkpoint, self.place))
+        save = lambda step: _save_batch(batch(self.place(step)), checkpoint, accelerator.process_index)
+        self.losses = _Losses(accelerator, lambda values, first: _check_finite(values, first, save))
         main = accelerator.is_main_process
         self.journal, self.snapshots = _Journal(journal_beside(checkpoint) if checkpoint and main else None), snapshots if main else None
         prepared.train()

@@ -518,6 +518,14 @@ def test_the_machinery_stays_off_the_labels(folder, monkeypatch):
         ({"precision": "half"}, "precision is 'half'"),
         ({"encoder": "huge"}, "no encoder preset"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"base_lr": float("nan")}, "base_lr is nan; a finite number above 0"),
+        ({"base_lr": -1e-3}, "base_lr is -0.001"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; a finite number from 0"),
+        ({"warmup": 2.0}, "warmup is 2.0; a finite number from 0 to 1"),
+        ({"report_to": "paper"}, "report_to is 'paper'"),
+        ({"momentum": 1.5}, "momentum is 1.5; a finite number from 0 to 1"),
+        ({"temperature": (0.04, 0.0)}, "temperature is 0.0; a finite number above 0"),
+        ({"prototypes": 1}, "prototypes is 1; a whole number from 2"),
     ],
 )
 def test_wrong_plans_are_refused_before_an_image_is_read(images, wrong, message, monkeypatch):

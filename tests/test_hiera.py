@@ -256,6 +256,11 @@ def test_held_out_images_judge_it_and_patience_ends_it(images, capsys):
         ({"mask_ratio": 1.0}, "mask_ratio is 1.0"),
         ({"encoder": "tiny"}, "no encoder preset 'tiny'"),
         ({"budget": "soon"}, "no budget"),
+        ({"base_lr": float("nan")}, "base_lr is nan; a finite number above 0"),
+        ({"base_lr": -1e-3}, "base_lr is -0.001"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; a finite number from 0"),
+        ({"warmup": 2.0}, "warmup is 2.0; a finite number from 0 to 1"),
+        ({"report_to": "paper"}, "report_to is 'paper'"),
     ],
 )
 def test_wrong_plans_are_refused_before_an_image_is_read(images, wrong, message, monkeypatch):

@@ -6,16 +6,19 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from aoi_ssl.core import AoiError
-from aoi_ssl.train import Budget, fit, lr_factor, parse_budget
+from aoi_ssl.train import Budget, check_trackers, fit, lr_factor, parse_budget
 
 
 def batch(index):
@@ -212,17 +215,40 @@ def test_patience_longer_than_the_run_is_refused():
         fit(model, loss, batch, optimizer, budget="10 steps", patience=2)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+@pytest.mark.parametrize("name", [None, "run.checkpoint"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_its_batch_is_kept(tmp_path, monkeypatch, name):
+    "Beside the checkpoint, or in a temporary folder; the error says where."
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model, optimizer = start()
-    with pytest.raises(AoiError, match="nan at step 13"):
-        fit(
-            model,
-            lambda m, b: loss(m, b) * b["scale"],
-            lambda i: {**batch(i), "scale": torch.tensor(math.nan if i == 13 else 1.0)},
-            optimizer,
-            budget="40 steps",
-            progress=False,
-        )
+    broken = lambda i: {**batch(i), "scale": torch.tensor(math.nan if i == 13 else 1.0), "crops": 8}
+    options = {"budget": "40 steps", "checkpoint": name and tmp_path / name, "progress": False}
+    with pytest.raises(AoiError, match="nan at step 13.*The batch is in ") as error:
+        fit(model, lambda m, b: loss(m, b) * b["scale"], broken, optimizer, **options)
+    file = Path(re.search(r"The batch is in (\S+)\. ", str(error.value))[1])
+    kept = load_file(file)
+    assert file.is_relative_to(tmp_path) and sorted(kept) == ["scale", "x", "y"] and kept["scale"].isnan()
+    assert torch.equal(kept["x"], batch(13)["x"])
+
+
+@pytest.mark.parametrize("warmup", [2.0, -0.1, math.nan, "half"])
+def test_a_warmup_that_is_no_share_is_refused(warmup):
+    with pytest.raises(AoiError, match=r"warmup is .*; a finite number from 0 to 1 was expected"):
+        fit(*_args(), budget="10 steps", warmup=warmup, progress=False)
+
+
+def test_a_tracker_that_is_not_there_is_no_tracker(monkeypatch):
+    "accelerate would leave it out without a word."
+    monkeypatch.setattr("aoi_ssl.train.get_available_trackers", lambda: ["mlflow"])
+    for name in "comet_ml", ["mlflow", "comet_ml"]:
+        with pytest.raises(AoiError, match=r"comet_ml is not installed here.*Run `pip install comet-ml`, or leave report_to out"):
+            fit(*_args(), budget="10 steps", report_to=name, progress=False)
+    with pytest.raises(AoiError, match="report_to is 'paper'; names of trackers that accelerate knows were expected: .*tensorboard"):
+        fit(*_args(), budget="10 steps", report_to="paper", progress=False)
+    for there in None, [], "mlflow", ["mlflow", "mlflow"], "all":
+        check_trackers(there)
+    monkeypatch.setattr("aoi_ssl.train.get_available_trackers", list)
+    with pytest.raises(AoiError, match="no tracker is installed here.*pip install tensorboard"):
+        check_trackers("all")
 
 
 @pytest.mark.parametrize(
