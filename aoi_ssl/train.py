@@ -327,6 +327,18 @@ def _accelerator(report_to: str | Sequence | None, checkpoint: str | Path | None
     logs = str(Path(checkpoint).with_suffix(".logs")) if checkpoint else "aoi_ssl.logs"
     return Accelerator(log_with=report_to, project_config=ProjectConfiguration(project_dir=logs, logging_dir=logs))
 
+# %% ../nbs/api/07_train.ipynb #e3d56803
+@contextmanager
+def _tracking(accelerator: Accelerator, settings: dict) -> Iterator[None]:
+    "Trackers hear the settings first, and in the end that it is the end."
+    if accelerator.log_with:
+        accelerator.init_trackers("aoi_ssl", config={name: str(value) for name, value in settings.items()})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
 # %% ../nbs/api/07_train.ipynb #b8d2c421
 def expectation(
     model: nn.Module,  # stays as it is
@@ -401,10 +413,8 @@ def fit(
         sizes = {"images": images, "epoch": epoch, "autocast": autocast, "spent": spent}
         accelerator.print(expectation(model, loss, batch, accelerator, budget=budget, **sizes))
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    if report_to:
-        accelerator.init_trackers("aoi_ssl", config={k: str(v) for k, v in run.settings.items()})
     loop = _Loop(run, model, prepared, optimizer, accelerator, budget, Path(checkpoint) if checkpoint else None, batch, snapshots)
-    with _interrupt_flag() as pressed, _bar(label, shown=progress and accelerator.is_main_process) as bar:
+    with _interrupt_flag() as pressed, _tracking(accelerator, run.settings), _bar(label, accelerator, progress=progress) as bar:
         while not loop.done(patience, stop):
             loop.rate(warmup)
             index = loop.place(run.step)
@@ -414,9 +424,7 @@ def fit(
             loop.judge(validate, validations, after_step)
             loop.keep(save_every)
             _advance(bar, run, loop.clock.spent, images)
-    if report_to:
-        accelerator.end_training()
-    return loop.finish(restore=validate is not None)
+        return loop.finish(restore=validate is not None)
 
 # %% ../nbs/api/07_train.ipynb #3581ba11
 class _Clock:
@@ -552,9 +560,9 @@ class _Loop:
         return pd.DataFrame(self.run.history)
 
 # %% ../nbs/api/07_train.ipynb #bf1e7f4e
-def _bar(label: str, *, shown: bool) -> tqdm:
-    "The share of the budget that is spent."
-    return tqdm(total=100, desc=label, unit="%", disable=not shown, leave=False,
+def _bar(label: str, accelerator: Accelerator, *, progress: bool) -> tqdm:
+    "The share of the budget that is spent, shown by the main process."
+    return tqdm(total=100, desc=label, unit="%", disable=not (progress and accelerator.is_main_process), leave=False,
                 bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}")
 
 

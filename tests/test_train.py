@@ -9,11 +9,13 @@ import sys
 import tempfile
 import textwrap
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 from torch import nn
 
@@ -327,6 +329,8 @@ SCRIPT = """
 import sys, torch
 from torch import nn
 from accelerate import PartialState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import broadcast_object_list
 from aoi_ssl.train import fit
 
 per = 8 // PartialState(cpu=True).num_processes
@@ -336,17 +340,60 @@ def batch(index):
     x = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(int(r))) for r in rows])
     return {"x": x, "y": x.sum(1, keepdim=True)}
 
+class Notes(GeneralTracker):
+    name, requires_logging_directory, tracker = "notes", False, None
+    def __init__(self): pass
+    def store_init_configuration(self, values): pass
+    def log(self, values, step=None, **kwargs): pass
+
 torch.manual_seed(0)
 model = nn.Linear(3, 1)
 loss = lambda m, b: ((m(b["x"]) - b["y"]) ** 2).mean()
-fit(model, loss, batch, torch.optim.SGD(model.parameters(), lr=0.1), budget="8 steps", progress=False)
+fit(model, loss, batch, torch.optim.SGD(model.parameters(), lr=0.1), budget="8 steps", progress=False, report_to=[Notes()])
 """
+
+
+class Notes(GeneralTracker):
+    "A tracker that knows when it was told what."
+
+    name, requires_logging_directory, tracker = "notes", False, None
+
+    def __init__(self):
+        self.steps, self.finished = [], 0
+
+    def store_init_configuration(self, values):
+        assert "budget" in values
+
+    def log(self, values, step=None, **kwargs):
+        assert not self.finished, "it has been told that the run is over"
+        self.steps.append(step)
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("how", ["at the end", "early", "by Ctrl-C", "by a broken loss"])
+def test_a_tracker_is_told_of_the_end_once_and_last_however_it_comes(how):
+    def asked(index):
+        if index == 12 and how == "by Ctrl-C":
+            os.kill(os.getpid(), signal.SIGINT)
+        return {**batch(index), "scale": torch.tensor(math.nan if index == 12 and how == "by a broken loss" else 1.0)}
+
+    notes, (model, optimizer) = Notes(), start()
+    stop = lambda history: how == "early" and len(history) == 13
+    options = {"budget": "25 steps", "stop": stop, "report_to": [notes], "progress": False}
+    broken = {"by Ctrl-C": pytest.raises(KeyboardInterrupt), "by a broken loss": pytest.raises(AoiError)}
+    with broken.get(how, nullcontext()):
+        fit(model, lambda m, b: loss(m, b) * b["scale"], asked, optimizer, **options)
+    assert notes.steps == {"at the end": [9, 19, 24], "early": [9, 12], "by Ctrl-C": [9, 12], "by a broken loss": [9]}[how]
+    assert notes.finished == 1
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
     "Two CPU processes with batches of 4 see what one process, this one, sees with batches of 8."
     script, out = tmp_path / "two.py", tmp_path / "two.pt"
-    script.write_text(SCRIPT + "assert per == 4\nif PartialState().is_main_process:\n    torch.save(model.state_dict(), sys.argv[1])\n")
+    talk = "assert per == 4\nbroadcast_object_list([0])\n"  # that the tracker is told of the end does not end the talk between processes
+    script.write_text(SCRIPT + talk + "if PartialState().is_main_process:\n    torch.save(model.state_dict(), sys.argv[1])\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     subprocess.run([*launch, str(script), str(out)], check=True, capture_output=True, timeout=120, env=env)
