@@ -156,7 +156,7 @@ def test_every_objective_and_going_on_from_an_encoder_write_one_that_opens(folde
         (["--from", "aoi-mae-tiny", "--patch-size", "8"], "patch_size is 8, but the weights of aoi-mae-tiny have patch_size 16"),
         (["--patience", "2"], "nothing to validate on"),
         (["--validation", "evening"], "has no split 'evening'; it has"),
-        (["--validation", "new", "--split", "new"], "The split 'new' is kept for judging, and no other is left to learn from"),
+        (["--validation", "new", "--split", "new"], "The split new is kept for judging, and no other is left to learn from"),
     ],
 )
 def test_an_objective_without_the_option_says_so(folder, tmp_path, words, message):
@@ -183,14 +183,21 @@ def test_every_option_reaches_every_objective(folder, tmp_path, monkeypatch, obj
     assert given == expected | ({"objective": "dino"} if objective == "dino" else {})
 
 
-def test_images_for_thresholds_are_not_trained_on(folder, tmp_path, monkeypatch):
-    def note(images, encoder, out, *, calibration, **options):
-        assert not set(images["stem"]) & set(calibration["stem"]) and len(calibration) == 2 and all(images["labelled"])
+def test_images_for_thresholds_and_for_choosing_are_not_trained_on(folder, tmp_path, monkeypatch):
+    given = {}
+
+    def note(images, encoder, out, **options):
+        given.update(options, images=images)
         raise AoiError("far enough")
 
     monkeypatch.setattr(importlib.import_module("aoi_ssl.segment"), "finetune", note)
-    result = aoi_command("finetune", folder, "--encoder", "aoi-mae-tiny", "--calibration", "calibration", "-o", tmp_path / "out")
+    words = ["--encoder", "aoi-mae-tiny", "--calibration", "calibration", "--validation", "new", "--patience", 2, "--lr", 0.01]
+    result = aoi_command("finetune", folder, *words, "--batch-size", 4, "--report-to", "mlflow", "-o", tmp_path / "out")
     assert result.exit_code == 2 and "far enough" in result.stderr
+    stems = [set(given.pop(name)["stem"]) for name in ("images", "calibration", "validation")]
+    assert [len(s) for s in stems] == [6, 2, 4] and len(set.union(*stems)) == 12
+    expected = {"patience": 2, "lr": 0.01, "batch_size": 4, "report_to": ["mlflow"], "budget": "5m", "precision": "auto"}
+    assert given == expected | {"seed": 0, "resume": False, "overwrite": False}
 
 
 def test_ctrl_c_saves_and_leaves_with_130(folder, tmp_path):
