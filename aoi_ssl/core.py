@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'AoiError', 'atomic_path', 'new_folder', 'check_free', 'write_json', 'read_json', 'whole_number',
-           'step_seed', 'require_transformers']
+           'real_number', 'step_seed', 'require_transformers']
 
 # %% ../nbs/api/00_core.ipynb #440f6228
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 # %% ../nbs/api/00_core.ipynb #25dc9b07
@@ -149,6 +150,22 @@ def whole_number(
         limits = f"from {low}" + ("" if high is None else f" to {high}")
         raise AoiError(f"{name} is {value!r}; a whole number {limits} was expected. Use for example {name}={low}.")
     return int(value)
+
+# %% ../nbs/api/00_core.ipynb #d273c07a
+def real_number(
+    name: str,  # of the option, for the error
+    value: float,  # what was given
+    low: float = 0.0,  # the least that makes sense
+    high: float = math.inf,  # the most
+    *,
+    above: bool = False,  # `low` itself makes no sense
+) -> float:  # the same, as a float
+    "A number to multiply with. Raises `AoiError` if it is none, not finite, or not from `low` to `high`."
+    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= value <= high or (above and value == low):
+        limits = f"{'above' if above else 'from'} {low:g}" + (f" {'up ' * above}to {high:g}" if high < math.inf else "")
+        raise AoiError(f"{name} is {value!r}; a finite number {limits} was expected. Leave {name} out for the default.")
+    return float(value)
 
 # %% ../nbs/api/00_core.ipynb #7f0307c6
 def step_seed(

@@ -8,7 +8,7 @@ __all__ = ['HIERA_PRESETS', 'unrolled_order', 'hiera_config', 'new_hiera', 'fix_
 
 # %% ../nbs/api/10_hiera.ipynb #075b3fe9
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -20,11 +20,22 @@ from torch.nn import functional as F
 from .augment import Augment
 from .core import AoiError
 from .crops import CropStore, open_crops
-from .data import channel_count, names_digest
+from .data import channel_count
 from .encoder import Encoder, quiet, sincos_positions
-from .pretrain import DRAWN_LR, check_run, decay_groups, default_crop, finish_run, masked_batches, save_run, write_autoencoder
+from aoi_ssl.pretrain import (
+    DRAWN_LR,
+    check_run,
+    default_crop,
+    finish_run,
+    held_out_loss,
+    learn,
+    masked_batches,
+    masked_loss,
+    save_run,
+    write_autoencoder,
+)
 from .snapshots import Snapshots
-from .train import Budget, checkpoint_beside, fit, following, parse_budget
+from .train import Budget, checkpoint_beside, parse_budget
 
 # %% ../nbs/api/10_hiera.ipynb #fdd0106d
 from transformers import HieraConfig, HieraForPreTraining, HieraModel
@@ -176,7 +187,7 @@ class PretrainedHiera:
 
     encoder: HieraEncoder  # shares its weights with `mae`
     mae: HieraForPreTraining
-    history: pd.DataFrame  # a row a step: step, seconds, lr, loss
+    history: pd.DataFrame  # a row a step: step, seconds, lr, loss, and validation_loss where there was one
     snapshots: Snapshots | None = None  # the encoder on the way, where it was kept: see `runs.open_snapshots`
 
     def save(
@@ -195,6 +206,8 @@ def pretrain_hiera(
     *,
     encoder: str = "hiera-tiny",  # a name in HIERA_PRESETS
     budget: str | float | Budget = "5m",  # "5m", "2000 steps", "50 epochs"
+    validation=None,  # held-out images; the weights with the lowest loss on them are kept
+    patience: int | None = None,  # stop after so many of the ten validations in a row without a better one
     crop: int | None = None,  # pixels, a multiple of 16; 224 by default, less if images are smaller
     batch_size: int = 32,  # crops, of each process
     mask_ratio: float = 0.6,  # share of the mask units that are hidden
@@ -212,32 +225,28 @@ def pretrain_hiera(
     snapshots: bool = True,  # keep the encoder as it was at the start and three times on the way, for `watch`
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
     on_step: Callable[[HieraEncoder, float], None] | None = None,  # told the encoder and the share of the budget spent
-    progress: bool = True,  # show a bar
+    progress: bool = True,  # show a bar, and what to expect
 ) -> PretrainedHiera:  # encoder, autoencoder, history
     """Pre-train a masked hierarchical autoencoder (Ryali et al. 2023).
 
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
     budget, process = parse_budget(budget), Accelerator()
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
-    crop, channels = crop or default_crop(dataset, most=224, patch_size=16), channel_count(dataset)
-    config = hiera_config(encoder, channels=channels, image_size=crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
-    check_run(dataset, crop=crop, batch_size=batch_size, budget=budget, precision=precision)
+    crop = default_crop(dataset, most=224, patch_size=16) if crop is None else crop
+    config = hiera_config(encoder, channels=channel_count(dataset), image_size=crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
+    sizes = {"size": crop, "batch_size": batch_size}
+    plan = {"budget": budget, "precision": precision, "base_lr": base_lr, "weight_decay": weight_decay, "warmup": warmup,
+            "report_to": report_to}
+    check_run(dataset, **sizes, **plan, validation=validation, patience=patience)
     crops = open_crops(dataset, crops, process, cell=crop, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     mae = new_hiera(config, model=HieraForPreTraining, seed=seed)
-    inner, units = (HieraEncoder(mae.hiera, mean=crops.mean, std=crops.std, stages=n) for n in (stages, (3,)))
-    inner, units = inner.to(process.device), units.to(process.device)
-    change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
-    groups, lr = decay_groups(mae, weight_decay=weight_decay), base_lr * total / 256
-    settings = {"config": config.to_json_string(), "images": names_digest(dataset), "batch": total, "lr": lr,
-                "weight_decay": weight_decay, "augment": change and asdict(change)}
-    seen = Snapshots(inner, checkpoint) if snapshots else None
-    history = fit(
-        mae, lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss,
-        masked_batches(crops, units, process, size=crop, batch_size=batch_size, augment=change),
-        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
-        budget=budget.resolve(crops.steps_per_epoch(total)), warmup=warmup, seed=seed, precision=precision,
-        checkpoint=checkpoint, resume=resume, settings=settings, report_to=report_to, images=total, progress=progress,
-        snapshots=seen, after_step=following(inner, on_step), label="pre-training",
+    inner, units = (HieraEncoder(mae.hiera, mean=crops.mean, std=crops.std, stages=n).to(process.device) for n in (stages, (3,)))
+    change = Augment() if augment is True else augment or None
+    history, kept = learn(
+        mae, masked_loss, masked_batches(crops, units, **sizes, processes=process.num_processes, augment=change), inner, dataset=dataset,
+        crops=crops, config=config, batch_size=batch_size, augment=change, **plan, seed=seed, checkpoint=checkpoint, resume=resume,
+        validate=None if validation is None else held_out_loss(validation, units, **sizes), patience=patience,
+        snapshots=snapshots, on_step=on_step, progress=progress, label="pre-training",
     )
-    result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history, seen)
+    result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history, kept)
     return finish_run(result, out, checkpoint, process, overwrite=overwrite)

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['DRAWN_LR', 'ADAPT_LR', 'base_rate', 'decays', 'decay_groups', 'Reconstruction', 'Pretrained', 'save_run',
            'write_autoencoder', 'holds_autoencoder', 'load_pretrained', 'visible_statistics', 'default_crop',
-           'masked_batches', 'finish_run', 'check_run', 'expectation', 'pretrain']
+           'masked_batches', 'finish_run', 'check_run', 'masked_loss', 'held_out_loss', 'learn', 'pretrain']
 
 # %% ../nbs/api/09_pretrain.ipynb #280c1613
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +16,11 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from .augment import Augment
-from .core import AoiError, new_folder, read_json, step_seed
+from .core import AoiError, new_folder, read_json, real_number, step_seed, whole_number
 from .crops import CropStore, open_crops, store_images
 from .data import channel_count, names_digest
 from aoi_ssl.encoder import (
@@ -39,7 +38,7 @@ from aoi_ssl.encoder import (
 )
 from .snapshots import Snapshots
 from .tiles import check_crops
-from .train import Budget, check_plan, checkpoint_beside, fit, following, forget_unfinished, parse_budget
+from .train import Budget, check_plan, checkpoint_beside, fit, following, forget_unfinished, on_device, parse_budget
 from .weights import resolve_encoder, write_packed
 
 # %% ../nbs/api/09_pretrain.ipynb #090b79ff
@@ -238,15 +237,41 @@ def default_crop(
         )
     return crop
 
+# %% ../nbs/api/09_pretrain.ipynb #d51f0869
+_DRAWN = {"encoder": "tiny", "patch_size": 16, "decoder_width": 128}  # the shape of what begins with drawn weights
 
-def _plan(dataset, encoder: str, start_from, crop: int | None, patch_size: int, **options) -> tuple:
+
+def _shape(
+    asked: dict,  # encoder, patch_size and decoder_width; None: not asked for
+    start_from: str | Path | None,  # the weights to go on from
+    old: ViTEncoder | None,  # the same, opened
+) -> dict:  # the three; encoder is None for weights in a shape that has no name
+    "The shape that is asked for, or else that of the weights, or the default. Raises `AoiError` where the weights have another."
+    has = {}
+    if old is not None:
+        config = old.vit.config
+        names = [name for name, sizes in PRESETS.items() if all(getattr(config, n) == size for n, size in sizes.items())]
+        has = {"encoder": names[0] if names else None, "patch_size": old.patch_size}
+        if holds_autoencoder(resolve_encoder(start_from)):
+            has["decoder_width"] = config.decoder_hidden_size
+    for name, value in has.items():
+        if asked[name] not in (None, value):
+            raise AoiError(
+                f"{name} is {asked[name]!r}, but the weights of {start_from} have {name} {value!r}; to go on from weights is to keep "
+                f"their shape. Leave {name} out, or begin with drawn weights: no start_from (on the command line: --from)."
+            )
+    return _DRAWN | {name: value for name, value in asked.items() if value is not None} | has
+
+
+def _plan(dataset, asked: dict, start_from, crop: int | None, **options) -> tuple:
     "The configuration of the autoencoder, and the encoder to go on from, if any."
     channels = channel_count(dataset)
     old = None if start_from is None else ViTEncoder.from_pretrained(start_from, channels=channels)
-    patch_size = patch_size if old is None else old.patch_size
+    shape = _shape(asked, start_from, old)
+    encoder, patch_size = shape.pop("encoder"), shape["patch_size"]
     crop = default_crop(dataset, most=224, patch_size=patch_size) if crop is None else crop
-    config = mae_config(encoder, channels=channels, patch_size=patch_size, image_size=crop, **options)
-    for name in (*PRESETS[encoder], "decoder_hidden_size", "decoder_intermediate_size") if old is not None else ():
+    config = mae_config(encoder or _DRAWN["encoder"], channels=channels, image_size=crop, **shape, **options)
+    for name in PRESETS[_DRAWN["encoder"]] if old is not None else ():
         setattr(config, name, getattr(old.vit.config, name))
     return config, old
 
@@ -272,17 +297,17 @@ def _continue(mae: ViTMAEForPreTraining, old: ViTEncoder, folder: Path) -> None:
 def masked_batches(
     crops: CropStore,  # to cut from
     encoder: ViTEncoder,  # which normalises, on its device; anything else with these and a patch_size
-    process,  # of accelerate: how many processes there are
     *,
     size: int,  # side of a crop, pixels
     batch_size: int,  # B, crops in each process
+    processes: int = 1,  # index = step * processes + number of the process
     augment: Augment | None = None,  # changes the crops; None: as they are
 ) -> Callable[[int], dict]:  # index -> pixels (B, C, size, size), normalised; noise (B, patches): the highest are hidden
     "The batches of masked autoencoding; the same index gives the same batch."
-    total, patches = batch_size * process.num_processes, (size // encoder.patch_size) ** 2
+    total, patches = batch_size * processes, (size // encoder.patch_size) ** 2
 
     def at(index: int) -> dict:
-        step, rank = divmod(index, process.num_processes)
+        step, rank = divmod(index, processes)
         part = slice(rank * batch_size, (rank + 1) * batch_size)
         images = crops.batch(step, total, size=size, part=part)
         if augment is not None:
@@ -314,18 +339,23 @@ def finish_run(
 def check_run(
     dataset,  # from `load_folder`
     *,
-    crop: int,  # pixels
+    size: int,  # side of a crop, pixels
     batch_size: int,  # crops
     budget: Budget,  # of any kind
     precision: str,  # "auto", "fp32" or "bf16"
+    base_lr: float,  # for a batch of 256
+    weight_decay: float,  # on matrices and kernels
+    warmup: float,  # share of the budget
+    report_to: str | Sequence | None,  # trackers
     validation=None,  # held-out images; None: nothing is validated
     patience: int | None = None,  # validations in a row without a better loss
 ) -> None:
     "Raise `AoiError` for what is wrong with a run without labels, as far as it shows without reading an image."
-    check_plan(budget.resolve(1), validation, 10, patience, precision)
-    if not (isinstance(batch_size, int) and batch_size >= 1):
-        raise AoiError(f"batch_size is {batch_size!r}; a whole number of crops from 1 up was expected. Try 32.")
-    check_crops(dataset, size=crop)
+    check_plan(budget.resolve(1), validation, 10, patience, precision, warmup=warmup, report_to=report_to)
+    real_number("base_lr", base_lr, above=True)
+    real_number("weight_decay", weight_decay)
+    whole_number("batch_size", batch_size, 1)
+    check_crops(dataset, size=size)
     if validation is None:
         return
     if channel_count(validation) != channel_count(dataset):
@@ -333,62 +363,89 @@ def check_run(
             f"The validation images have {channel_count(validation)} channels (lights), the others "
             f"{channel_count(dataset)}; the same were expected. Load both folders with the same lights."
         )
-    check_crops(validation, size=crop)
+    check_crops(validation, size=size)
 
 # %% ../nbs/api/09_pretrain.ipynb #bbd7e540
-def _validation(dataset, encoder: ViTEncoder, crop: int, batch_size: int, batches: int = 4) -> Callable:
-    "model -> its loss on fixed crops of held-out images under fixed masks, without augmentation."
-    crops, generator = store_images(dataset, cell=crop), torch.Generator().manual_seed(0)
-    fixed = [encoder.normalise(crops.batch(i, batch_size, size=crop).to(encoder.mean)) for i in range(batches)]
-    noise = [torch.rand(batch_size, (crop // encoder.patch_size) ** 2, generator=generator) for _ in fixed]
+def masked_loss(
+    mae: torch.nn.Module,  # a masked autoencoder of transformers
+    batch: dict,  # from `masked_batches`
+) -> Tensor:  # scalar
+    "How badly the hidden patches were drawn."
+    return mae(batch["pixels"], noise=batch["noise"]).loss
 
-    def validate(mae: ViTMAEForPreTraining) -> dict:
-        losses = [mae(x.to(mae.device), noise=n.to(mae.device)).loss.item() for x, n in zip(fixed, noise, strict=True)]
-        return {"score": -sum(losses) / len(losses), "loss": sum(losses) / len(losses)}
+
+def held_out_loss(
+    dataset,  # images that are not learned from
+    encoder: ViTEncoder,  # as for `masked_batches`
+    *,
+    size: int,  # side of a crop, pixels
+    batch_size: int,  # crops in a batch
+    batches: int = 4,  # how many to judge by
+) -> Callable[[torch.nn.Module], dict]:  # autoencoder -> loss, and score, its negative
+    "The loss on fixed crops of held-out images under fixed masks, without augmentation, for `fit(validate=...)`."
+    at = masked_batches(store_images(dataset, cell=size), encoder, size=size, batch_size=batch_size)
+    fixed = [at(index) for index in range(batches)]
+
+    def validate(mae: torch.nn.Module) -> dict:
+        loss = sum(masked_loss(mae, on_device(batch, mae.device)).item() for batch in fixed) / batches
+        return {"score": -loss, "loss": loss}
 
     return validate
 
 # %% ../nbs/api/09_pretrain.ipynb #7789a74e
-def expectation(
-    model: torch.nn.Module,  # stays as it is
+def learn(
+    model: torch.nn.Module,  # what is trained
     loss: Callable[[torch.nn.Module, dict], Tensor],  # (model, batch) -> scalar
-    batch: Callable[[int], dict],  # index -> batch
+    batch: Callable[[int], dict],  # index -> batch of crops
+    encoder: Encoder,  # in the model: snapshots are taken of it, `on_step` is told it
     *,
-    budget: Budget,  # in seconds or steps
-    images: int,  # crops in a step
-    epoch: int,  # steps in an epoch
-    device: torch.device,  # that will train
-) -> str:  # one line
-    "What a budget will buy, from two steps on a copy of the model."
-    trial = copy.deepcopy(model).to(device).train()
-    for step in range(3):
-        if step == 1:
-            start = budget.now()
-        data = {name: value.to(device) for name, value in batch(step).items()}
-        loss(trial, data).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    each = (budget.now() - start) / 2
-    steps = budget.steps or max(1, round(budget.seconds / each))
-    seconds = steps * each
-    span = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
-    return f"About {images / each:.0f} crops a second: {steps} steps of {images}, {steps / epoch:.1f} epochs, in {span}."
+    dataset,  # the images
+    crops: CropStore,  # the same, decoded
+    config,  # of transformers: the shape of the model
+    batch_size: int,  # crops in a step, of each process
+    augment: Augment | None,  # what changes them
+    budget: Budget,  # of any kind
+    base_lr: float,  # for a batch of 256
+    weight_decay: float,  # on matrices and kernels
+    settings: dict | None = None,  # beside these, what must be the same when the run is resumed; plain values
+    checkpoint: Path | None = None,  # from `checkpoint_beside`
+    snapshots: bool = True,  # keep the encoder as it was on the way
+    on_step: Callable[[Encoder, float], None] | None = None,  # told the encoder and the share of the budget spent
+    watch: Callable[[float], dict | None] | None = None,  # share of the budget spent -> figures for the history
+    progress: bool = True,  # say what there is to learn from and what to expect; show a bar
+    **options,  # more of `train.fit`
+) -> tuple[pd.DataFrame, Snapshots | None]:  # the history; the snapshots
+    "Go through `train.fit` as every objective without labels does."
+    process = PartialState()
+    images = batch_size * process.num_processes
+    lr, epoch = base_lr * images / 256, crops.steps_per_epoch(images)
+    same = {"config": config.to_json_string(), "images": names_digest(dataset), "batch": images, "lr": lr, "weight_decay": weight_decay,
+            "augment": augment and asdict(augment)}
+    groups, kept = decay_groups(model, weight_decay=weight_decay), Snapshots(encoder, checkpoint) if snapshots else None
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda")
+    if progress and process.is_main_process:
+        print(f"{crops}.")
+    history = fit(
+        model, loss, batch, optimizer, budget=budget.resolve(epoch), checkpoint=checkpoint, settings=same | (settings or {}), images=images,
+        epoch=epoch, snapshots=kept, after_step=following(encoder, on_step, watch), progress=progress, **options,
+    )
+    return history, kept
 
 # %% ../nbs/api/09_pretrain.ipynb #1424fcc5
 def pretrain(
     dataset,  # images to learn from, of data.load_folder; labels are not read
     out: str | Path | None = None,  # the folder to write; nothing is written by default
     *,
-    encoder: str = "tiny",  # preset: "tiny" or "small" (the paper's)
+    encoder: str | None = None,  # preset: "tiny" or "small" (the paper's); None: "tiny", or that of `start_from`
     budget: str | float | Budget = "5m",  # "5m", "2000 steps", "50 epochs"
     validation=None,  # held-out images; the weights with the lowest loss on them are kept
     patience: int | None = None,  # stop after so many of the ten validations in a row without a better one
     crop: int | None = None,  # pixels, a multiple of the patch size; 224 by default, less if images are smaller
-    patch_size: int = 16,  # pixels per patch and side
+    patch_size: int | None = None,  # pixels per patch and side; None: 16, or that of `start_from`
     batch_size: int = 32,  # crops, of each process
     mask_ratio: float = 0.7,  # share of the patches that are hidden
     norm_pix: bool = True,  # normalise each patch in the loss
-    decoder_width: int = 128,  # of the decoder's tokens, a multiple of 4
+    decoder_width: int | None = None,  # of the decoder's tokens, a multiple of 4; None: 128, or that of `start_from`
     base_lr: float | None = None,  # for a batch of 256; None: 1.2e-2 (at 32 it is 1.5e-3), or 2e-3 to go on from weights
     weight_decay: float = 0.05,  # on matrices and kernels
     warmup: float = 0.05,  # share of the budget
@@ -397,7 +454,7 @@ def pretrain(
     resume: bool = False,  # go on with an unfinished run
     overwrite: bool = False,  # replace `out` if it is not empty
     crops: CropStore | None = None,  # these images, decoded already; None: they are decoded first
-    start_from: str | Path | None = None,  # go on from a folder or "aoi-mae-small"; its `encoder`, `patch_size` and `decoder_width` count
+    start_from: str | Path | None = None,  # go on from a folder or "aoi-mae-small", in its shape; None: drawn weights
     precision: str = "auto",  # see train.fit
     snapshots: bool = True,  # keep the encoder as it was at the start and three times on the way, for `watch`
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name: "tensorboard", "wandb" ...
@@ -407,31 +464,23 @@ def pretrain(
     """Pre-train a masked autoencoder (He et al. 2022; the recipe of AOI-SSL).
 
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
-    budget = parse_budget(budget)
+    budget, process = parse_budget(budget), Accelerator()
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
-    loss_options = {"mask_ratio": mask_ratio, "norm_pix": norm_pix, "decoder_width": decoder_width}
-    config, old = _plan(dataset, encoder, start_from, crop, patch_size, **loss_options)
-    crop, process = config.image_size, Accelerator()
-    plan = {"crop": crop, "batch_size": batch_size, "budget": budget, "precision": precision}
-    check_run(dataset, validation=validation, patience=patience, **plan)
-    crops = open_crops(dataset, crops, process, cell=crop, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
+    shape = {"encoder": encoder, "patch_size": patch_size, "decoder_width": decoder_width}
+    config, old = _plan(dataset, shape, start_from, crop, mask_ratio=mask_ratio, norm_pix=norm_pix)
+    sizes = {"size": config.image_size, "batch_size": batch_size}
+    plan = {"budget": budget, "precision": precision, "weight_decay": weight_decay, "warmup": warmup, "report_to": report_to,
+            "base_lr": base_rate(base_lr, adapting=old is not None)}
+    check_run(dataset, **sizes, **plan, validation=validation, patience=patience)
+    crops = open_crops(dataset, crops, process, cell=config.image_size, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     mae, inner = _learner(config, crops, old, start_from, seed, process.device)
-    change, total = Augment() if augment is True else augment or None, batch_size * process.num_processes
-    groups, lr = decay_groups(mae, weight_decay=weight_decay), base_rate(base_lr, adapting=old is not None) * total / 256
-    settings = {"config": config.to_json_string(), "images": names_digest(dataset), "batch": total, "lr": lr,
-                "weight_decay": weight_decay, "augment": change and asdict(change), "start_from": str(start_from)}
-    loss = lambda model, batch: model(batch["pixels"], noise=batch["noise"]).loss
-    batch = masked_batches(crops, inner, process, size=crop, batch_size=batch_size, augment=change)
-    budget, seen = budget.resolve(crops.steps_per_epoch(total)), Snapshots(inner, checkpoint) if snapshots else None
-    if progress and process.is_main_process:
-        sizes = {"images": total, "epoch": crops.steps_per_epoch(total)}
-        print(f"{crops}. {expectation(mae, loss, batch, budget=budget, **sizes, device=process.device)}")
-    history = fit(
-        mae, loss, batch, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=process.device.type == "cuda"),
-        budget=budget, warmup=warmup, seed=seed, precision=precision, checkpoint=checkpoint, resume=resume, settings=settings,
-        validate=None if validation is None else _validation(validation, inner, crop, batch_size),
-        snapshots=seen, after_step=following(inner, on_step), patience=patience, report_to=report_to, images=total, progress=progress,
-        label="pre-training",
+    change = Augment() if augment is True else augment or None
+    history, kept = learn(
+        mae, masked_loss, masked_batches(crops, inner, **sizes, processes=process.num_processes, augment=change), inner, dataset=dataset,
+        crops=crops, config=config, batch_size=batch_size, augment=change, settings={"start_from": str(start_from)}, **plan,
+        seed=seed, checkpoint=checkpoint, resume=resume,
+        validate=None if validation is None else held_out_loss(validation, inner, **sizes), patience=patience,
+        snapshots=snapshots, on_step=on_step, progress=progress, label="pre-training",
     )
-    result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history, seen)
+    result = Pretrained(inner.to(mae.device).eval(), mae.eval(), history, kept)
     return finish_run(result, out, checkpoint, process, overwrite=overwrite)

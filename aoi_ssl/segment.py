@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .augment import Augment
-from .core import AoiError, require_transformers, step_seed
+from .core import AoiError, real_number, require_transformers, step_seed
 from .data import class_names, names_digest, native_item
 from .files import to_unit
 from .encoder import Encoder, ViTEncoder, block_outputs, check_images, pad_to
@@ -278,6 +278,13 @@ def validator(
 
     return validate
 
+# %% ../nbs/api/16_segment.ipynb #0a1406d5
+def _check_rates(lr: float, layer_decay: float, weight_decay: float) -> None:
+    "Raise `AoiError` for rates that cannot work."
+    real_number("lr", lr, above=True)
+    real_number("layer_decay", layer_decay, 0, 1, above=True)
+    real_number("weight_decay", weight_decay)
+
 # %% ../nbs/api/16_segment.ipynb #31ab878c
 def _plan(dataset, encoder, *, crop, batch_size, hidden, foreground, augment, seed, processes) -> tuple:
     "The model to train, its batches, and the steps of an epoch."
@@ -356,7 +363,8 @@ def finetune(
 
     Raises `AoiError` for what cannot work, before it starts; `KeyboardInterrupt` on Ctrl-C, after saving."""
     budget, process = parse_budget(budget), Accelerator()
-    check_plan(budget.resolve(1), validation, validations, patience, precision)
+    check_plan(budget.resolve(1), validation, validations, patience, precision, warmup=warmup, report_to=report_to)
+    _check_rates(lr, layer_decay, weight_decay)
     checkpoint = checkpoint_beside(out, resume=resume, overwrite=overwrite)
     plan = dict(crop=crop, batch_size=batch_size, hidden=hidden, foreground=foreground, augment=augment)
     model, batch, epoch = _plan(dataset, encoder, **plan, seed=seed, processes=process.num_processes)
@@ -368,7 +376,7 @@ def finetune(
         model, _batch_loss, batch, torch.optim.AdamW(parameter_groups(model, **rates)), budget=budget.resolve(epoch),
         checkpoint=checkpoint, resume=resume, seed=seed, warmup=warmup, validate=validate, validations=validations,
         patience=patience, precision=precision, report_to=report_to, after_step=following(model, on_step), images=total,
-        snapshots=model.snapshots, progress=progress, label="fine-tuning",
+        epoch=epoch, snapshots=model.snapshots, progress=progress, label="fine-tuning",
         settings={k: str(v) for k, v in (plan | rates).items()} | {"images": names_digest(dataset), "encoder": encoder.fingerprint()},
     )
     calibration = validation if calibration is None else calibration

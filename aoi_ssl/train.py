@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['Budget', 'parse_budget', 'lr_factor', 'checkpoint_beside', 'forget_unfinished', 'journal_beside', 'read_journal',
-           'check_plan', 'fit', 'following']
+           'on_device', 'uses_bf16', 'check_trackers', 'check_plan', 'expectation', 'fit', 'following']
 
 # %% ../nbs/api/07_train.ipynb #e70167d6
+import copy
 import json
 import math
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +24,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .core import AoiError, atomic_path, check_free, step_seed
+from .core import AoiError, atomic_path, check_free, real_number, step_seed
 from .snapshots import Snapshots
 
 # %% ../nbs/api/07_train.ipynb #5b5cfcf3
@@ -226,21 +229,39 @@ def _judge(run: _Run, figures: dict, model: nn.Module) -> dict:
     return {f"validation_{k}": float(v) for k, v in figures.items()}
 
 # %% ../nbs/api/07_train.ipynb #cd548d71
-def _check_finite(values: list[float], first: int, batch: Callable[[int], dict], checkpoint: Path | None, place: Callable) -> None:
-    "Raise `AoiError` if a loss is no number, after saving the batch that it came from beside the checkpoint."
+def _save_batch(batch: dict, checkpoint: Path | None, rank: int) -> Path:
+    "Write the tensors of a batch beside the checkpoint, or to a temporary folder where there is none; the file."
+    ending = f".batch{f'_{rank}' if rank else ''}.safetensors"
+    path = checkpoint.with_suffix(ending) if checkpoint else Path(tempfile.mkdtemp(prefix="aoi_ssl_")) / f"run{ending}"
+    with atomic_path(path) as aside:
+        save_file({name: v.cpu().contiguous() for name, v in batch.items() if isinstance(v, Tensor)}, aside)
+    return path
+
+
+def _check_finite(values: list[float], first: int, save: Callable[[int], Path]) -> None:
+    "Raise `AoiError` if a loss is no number, after saving the batch that it came from."
     for step, value in enumerate(values, first):
         if not math.isfinite(value):
-            said = ""
-            if checkpoint is not None:
-                path = checkpoint.with_suffix(".batch.safetensors")
-                tensors = {name: v.cpu().contiguous() for name, v in batch(place(step)).items() if isinstance(v, Tensor)}
-                with atomic_path(path) as aside:
-                    save_file(tensors, aside)
-                said = f" The batch is in {path}."
             raise AoiError(
-                f"The loss became {value} at step {step}; a finite number was expected.{said} "
+                f"The loss became {value} at step {step}; a finite number was expected. The batch is in {save(step)}. "
                 "Lower the learning rate, use precision='fp32', and check the folder for broken images."
             )
+
+# %% ../nbs/api/07_train.ipynb #ffb50ca4
+def on_device(
+    batch: dict,  # tensors and plain values
+    device: str | torch.device,  # where the tensors go
+) -> dict:  # the same, there
+    "A batch where the model is."
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def uses_bf16(
+    precision: str,  # "auto", "fp32" or "bf16"
+    device: torch.device,  # that trains
+) -> bool:  # whether the forward pass runs under autocast
+    "bf16 where it is asked for, and by itself on a GPU that has it."
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 # %% ../nbs/api/07_train.ipynb #3b8557e2
 def _take_step(model, loss, batch, optimizer, accelerator, *, autocast: bool, clip: float | None) -> Tensor:
@@ -254,6 +275,21 @@ def _take_step(model, loss, batch, optimizer, accelerator, *, autocast: bool, cl
     optimizer.step()
     return value.detach()
 
+# %% ../nbs/api/07_train.ipynb #8d8c701e
+def check_trackers(
+    report_to: str | Sequence | None,  # trackers, by name or as objects
+) -> None:
+    "Raise `AoiError` for a tracker that `accelerate` does not know, or that is not installed."
+    listed = list(report_to) if isinstance(report_to, list | tuple) else [report_to] if report_to else []
+    here, known = ([str(name) for name in names] for names in (get_available_trackers(), LOGGER_TYPE_TO_CLASS))
+    for name in (str(one) for one in listed if not isinstance(one, GeneralTracker)):
+        if name not in ("all", *known):
+            raise AoiError(f"report_to is {report_to!r}; names of trackers that accelerate knows were expected: {', '.join(known)}.")
+        if (name == "all" and not here) or (name in [str(kind) for kind in LoggerType] and name not in ("all", *here)):
+            missing, package = ("no tracker is", "tensorboard") if name == "all" else (f"{name} is not", name.replace("_", "-"))
+            raise AoiError(f"report_to is {report_to!r}, but {missing} installed here; installed trackers were expected, or it would hear "
+                           f"nothing. Run `pip install {package}`, or leave report_to out.")  # fmt: skip
+
 # %% ../nbs/api/07_train.ipynb #605bf7ce
 def check_plan(
     budget: Budget,  # in seconds or steps
@@ -261,8 +297,13 @@ def check_plan(
     validations: int,  # how many there will be
     patience: int | None,  # validations in a row without a better score
     precision: str,  # "auto", "fp32" or "bf16"
+    *,
+    warmup: float = 0.05,  # share of the budget
+    report_to: str | Sequence | None = None,  # trackers
 ) -> None:
     "Raise `AoiError` for a plan that cannot do what it says."
+    real_number("warmup", warmup, 0, 1)
+    check_trackers(report_to)
     if budget.epochs is not None:
         raise AoiError("fit needs a budget in steps or seconds; call budget.resolve(steps_per_epoch) first.")
     if budget.clock == "cpu" and ((process := PartialState()).num_processes > 1 or process.device.type != "cpu"):
@@ -284,11 +325,48 @@ def _accelerator(report_to: str | Sequence | None, checkpoint: str | Path | None
     if not report_to:
         return Accelerator()
     logs = str(Path(checkpoint).with_suffix(".logs")) if checkpoint else "aoi_ssl.logs"
+    return Accelerator(log_with=report_to, project_config=ProjectConfiguration(project_dir=logs, logging_dir=logs))
+
+# %% ../nbs/api/07_train.ipynb #e3d56803
+@contextmanager
+def _tracking(accelerator: Accelerator, settings: dict) -> Iterator[None]:
+    "Trackers hear the settings first, and in the end that it is the end."
+    if accelerator.log_with:
+        accelerator.init_trackers("aoi_ssl", config={name: str(value) for name, value in settings.items()})
     try:
-        return Accelerator(log_with=report_to, project_config=ProjectConfiguration(project_dir=logs, logging_dir=logs))
-    except ValueError as e:
-        raise AoiError(f"report_to is {report_to!r}; the name of a tracker that accelerate knows was expected, such as "
-                       f"'tensorboard' or 'wandb' ({e}).") from e  # fmt: skip
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+# %% ../nbs/api/07_train.ipynb #b8d2c421
+def expectation(
+    model: nn.Module,  # stays as it is
+    loss: Callable[[nn.Module, dict], Tensor],  # (model, batch) -> scalar
+    batch: Callable[[int], dict],  # index -> batch
+    accelerator: Accelerator,  # the processes, and the device that will train
+    *,
+    budget: Budget,  # in seconds or steps
+    images: int,  # in a step, of all processes
+    epoch: int,  # steps in an epoch
+    autocast: bool = False,  # see `uses_bf16`
+    spent: float = 0.0,  # share of the budget that is spent already
+) -> str:  # one line
+    "What a budget will buy, from two steps on a copy of the model."
+    trial = copy.deepcopy(model).to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(p for p in trial.parameters() if p.requires_grad)
+    for step in range(3):
+        if step == 1:
+            start = budget.now()
+        data = on_device(batch(step * accelerator.num_processes + accelerator.process_index), accelerator.device)
+        _take_step(trial, loss, data, optimizer, accelerator, autocast=autocast, clip=None)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+    each, left = (budget.now() - start) / 2, 1.0 - spent
+    steps = max(1, round(left * (budget.steps or budget.seconds / each)))
+    seconds = steps * each
+    span = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+    return f"About {images / each:.0f} images a second: {steps} steps of {images}, {steps / epoch:.1f} epochs, in {span}."
 
 # %% ../nbs/api/07_train.ipynb #1ed2d639
 def fit(
@@ -311,6 +389,8 @@ def fit(
     save_every: float = 60.0,  # seconds between checkpoints
     settings: dict | None = None,  # of the run, plain values; resuming with others is refused
     images: int | None = None,  # images in a step, of all processes; their number a second is shown
+    epoch: int | None = None,  # steps in an epoch: with `images` and `progress`, what to expect is said before the first step
+    stop: Callable[[list[dict]], bool] | None = None,  # history so far -> whether to end here
     snapshots: Snapshots | None = None,  # keeps an encoder as it was on the way
     report_to: str | Sequence | None = None,  # trackers of accelerate, by name ("tensorboard", "wandb" ...) or as objects
     progress: bool = True,  # show a bar
@@ -321,36 +401,30 @@ def fit(
     Raises `AoiError` for a plan that cannot work, a loss that is not finite, or a checkpoint of another run;
     `KeyboardInterrupt` on Ctrl-C, after the step is finished and the checkpoint is saved."""
     budget = parse_budget(budget)
-    check_plan(budget, validate, validations, patience, precision)
+    check_plan(budget, validate, validations, patience, precision, warmup=warmup, report_to=report_to)
     accelerator = _accelerator(report_to, checkpoint)
     run = _Run({"budget": str(budget), "seed": seed, "warmup": warmup, "processes": accelerator.num_processes} | (settings or {}))
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     if resume and checkpoint and Path(checkpoint).exists():
         run.load(Path(checkpoint), model, optimizer)
+    autocast, spent = uses_bf16(precision, accelerator.device), budget.progress(run.step, run.elapsed)
+    if progress and images and epoch and spent < 1.0:
+        sizes = {"images": images, "epoch": epoch, "autocast": autocast, "spent": spent}
+        accelerator.print(expectation(model, loss, batch, accelerator, budget=budget, **sizes))
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    cuda_bf16 = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    autocast = precision == "bf16" or (precision == "auto" and cuda_bf16)
-    if report_to:
-        accelerator.init_trackers("aoi_ssl", config={k: str(v) for k, v in run.settings.items()})
     loop = _Loop(run, model, prepared, optimizer, accelerator, budget, Path(checkpoint) if checkpoint else None, batch, snapshots)
-    bar = tqdm(total=100, desc=label, unit="%", disable=not (progress and accelerator.is_main_process), leave=False,
-               bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}")
-    with _interrupt_flag() as pressed, bar:
-        while not loop.done(patience):
+    with _interrupt_flag() as pressed, _tracking(accelerator, run.settings), _bar(label, accelerator, progress=progress) as bar:
+        while not loop.done(patience, stop):
             loop.rate(warmup)
             index = loop.place(run.step)
             torch.manual_seed(step_seed(seed, index))
-            data = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch(index).items()}
+            data = on_device(batch(index), accelerator.device)
             loop.note(_take_step(prepared, loss, data, optimizer, accelerator, autocast=autocast, clip=clip), bool(pressed))
             loop.judge(validate, validations, after_step)
             loop.keep(save_every)
-            bar.n = round(100 * loop.clock.spent, 1)
-            bar.set_postfix_str(_summary(run, images), refresh=False)
-            bar.update(0)
-    if report_to:
-        accelerator.end_training()
-    return loop.finish(restore=validate is not None)
+            _advance(bar, run, loop.clock.spent, images)
+        return loop.finish(restore=validate is not None)
 
 # %% ../nbs/api/07_train.ipynb #3581ba11
 class _Clock:
@@ -406,7 +480,8 @@ class _Loop:
         self.run, self.model, self.prepared, self.optimizer = run, model, prepared, optimizer
         self.accelerator, self.checkpoint = accelerator, checkpoint
         self.clock, self.saved, self.kept = _Clock(budget, run, accelerator), run.elapsed, False
-        self.losses = _Losses(accelerator, lambda values, first: _check_finite(values, first, batch, checkpoint, self.place))
+        save = lambda step: _save_batch(batch(self.place(step)), checkpoint, accelerator.process_index)
+        self.losses = _Losses(accelerator, lambda values, first: _check_finite(values, first, save))
         main = accelerator.is_main_process
         self.journal, self.snapshots = _Journal(journal_beside(checkpoint) if checkpoint and main else None), snapshots if main else None
         prepared.train()
@@ -419,8 +494,9 @@ class _Loop:
         if self.snapshots is not None:
             self.snapshots.take(self.run.step, self.clock.spent)
 
-    def done(self, patience: int | None) -> bool:
-        return self.clock.spent >= 1.0 or (patience is not None and self.run.since_best >= patience)
+    def done(self, patience: int | None, stop) -> bool:
+        out_of_patience = patience is not None and self.run.since_best >= patience
+        return self.clock.spent >= 1.0 or out_of_patience or (stop is not None and stop(self.run.history))
 
     def rate(self, warmup: float) -> None:
         "Set the learning rates for the coming step."
@@ -484,6 +560,19 @@ class _Loop:
         return pd.DataFrame(self.run.history)
 
 # %% ../nbs/api/07_train.ipynb #bf1e7f4e
+def _bar(label: str, accelerator: Accelerator, *, progress: bool) -> tqdm:
+    "The share of the budget that is spent, shown by the main process."
+    return tqdm(total=100, desc=label, unit="%", disable=not (progress and accelerator.is_main_process), leave=False,
+                bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}")
+
+
+def _advance(bar: tqdm, run: _Run, spent: float, images: int | None) -> None:
+    "Move the bar; it is drawn a few times a second at most."
+    bar.n = round(100 * spent, 1)
+    bar.set_postfix_str(_summary(run, images), refresh=False)
+    bar.update(0)
+
+
 def _summary(run: _Run, images: int | None) -> str:
     "What stands beside the bar."
     known = [row["loss"] for row in run.history[-40:] if not math.isnan(row["loss"])]

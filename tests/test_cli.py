@@ -1,5 +1,7 @@
 "The commands: same defaults as in Python, one line for an error, exit codes, and the whole way through a shell."
 
+import functools
+import importlib
 import inspect
 import os
 import shutil
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 import aoi_ssl as aoi
 from aoi_ssl import cli
+from aoi_ssl.core import AoiError
 
 VERBS = {
     cli.synth: aoi.render_folder,
@@ -149,11 +152,52 @@ def test_every_objective_and_going_on_from_an_encoder_write_one_that_opens(folde
         (["--objective", "gan"], "--objective is 'gan'; one of mae, dino, ibot, hiera"),
         (["--objective", "ibot", "--from", "aoi-mae-tiny"], "--from is no option of --objective ibot"),
         (["--objective", "hiera", "--patch-size", "8"], "--patch-size is no option of --objective hiera"),
+        (["--from", "aoi-mae-tiny", "--encoder", "small"], "encoder is 'small', but the weights of aoi-mae-tiny have encoder 'tiny'"),
+        (["--from", "aoi-mae-tiny", "--patch-size", "8"], "patch_size is 8, but the weights of aoi-mae-tiny have patch_size 16"),
+        (["--patience", "2"], "nothing to validate on"),
+        (["--validation", "evening"], "has no split 'evening'; it has"),
+        (["--validation", "new", "--split", "new"], "The split new is kept for judging, and no other is left to learn from"),
     ],
 )
 def test_an_objective_without_the_option_says_so(folder, tmp_path, words, message):
     result = aoi_command("pretrain", folder, "-o", tmp_path / "out", *words)
     assert result.exit_code == 2 and message in result.output
+
+
+@pytest.mark.parametrize("objective", ["mae", "dino", "hiera"])
+def test_every_option_reaches_every_objective(folder, tmp_path, monkeypatch, objective):
+    "As it was given, and nothing that was not given; the images that are held out are not learned from."
+    given, verb = {}, cli._OBJECTIVES[objective]
+
+    def note(images, out, **options):
+        given.update(options, images=images, out=out)
+        raise AoiError("far enough")
+
+    monkeypatch.setattr(aoi, verb, functools.wraps(getattr(aoi, verb))(note))
+    words = ["--batch-size", 8, "--base-lr", 1e-3, "--precision", "bf16", "--report-to", "wandb,mlflow", "--validation", "new"]
+    aoi_command("pretrain", folder, "--objective", objective, "-o", tmp_path / "out", "--patience", 3, *words)
+    learned, held = ({stem.split("/")[1] for stem in given.pop(name)["stem"]} for name in ("images", "validation"))
+    assert learned and held and not learned & held
+    expected = {"batch_size": 8, "base_lr": 1e-3, "precision": "bf16", "report_to": ["wandb", "mlflow"], "patience": 3, "budget": "5m"}
+    expected |= {"out": tmp_path / "out", "seed": 0, "resume": False, "overwrite": False}
+    assert given == expected | ({"objective": "dino"} if objective == "dino" else {})
+
+
+def test_images_for_thresholds_and_for_choosing_are_not_trained_on(folder, tmp_path, monkeypatch):
+    given = {}
+
+    def note(images, encoder, out, **options):
+        given.update(options, images=images)
+        raise AoiError("far enough")
+
+    monkeypatch.setattr(importlib.import_module("aoi_ssl.segment"), "finetune", note)
+    words = ["--encoder", "aoi-mae-tiny", "--calibration", "calibration", "--validation", "new", "--patience", 2, "--lr", 0.01]
+    result = aoi_command("finetune", folder, *words, "--batch-size", 4, "--report-to", "mlflow", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "far enough" in result.stderr
+    stems = [set(given.pop(name)["stem"]) for name in ("images", "calibration", "validation")]
+    assert [len(s) for s in stems] == [6, 2, 4] and len(set.union(*stems)) == 12
+    expected = {"patience": 2, "lr": 0.01, "batch_size": 4, "report_to": ["mlflow"], "budget": "5m", "precision": "auto"}
+    assert given == expected | {"seed": 0, "resume": False, "overwrite": False}
 
 
 def test_ctrl_c_saves_and_leaves_with_130(folder, tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -365,6 +366,34 @@ def test_a_constant_encoder_is_noticed_once(model):
         assert after_step(0.5)["feature_std"] < 1e-6 and after_step(0.51) is None
 
 
+def test_patience_is_for_a_collapse_and_for_nothing_else(images, tmp_path):
+    "Answers that are never sharpened say nothing: given up at the first quarter, or two looks after it, also when resumed in between."
+    bad = SMALL | {"budget": "40 steps", "temperature": (1.0, 1.0)}
+    good = distill(images, **SMALL, budget="40 steps", patience=1)
+    assert len(good.history) == 40 and not good.history.collapsed.any()
+    with pytest.warns(UserWarning, match="dino is stopped after 25% of the budget: 2 looks in a row found a collapse"):
+        assert len(distill(images, **bad, patience=2).history) == 10
+    with pytest.warns(UserWarning, match="stopped after 35%"):
+        whole = distill(images, **bad, patience=7)
+    with pytest.raises(KeyboardInterrupt), warnings.catch_warnings(action="ignore"):
+        distill(images, tmp_path / "out", augment=stop_at(11), **bad, patience=7)
+    with pytest.warns(UserWarning, match="stopped after 35%"):
+        resumed = distill(images, tmp_path / "out", resume=True, **bad, patience=7)
+    assert len(whole.history) == 14 and resumed.history.loss.equals(whole.history.loss)
+    for patience in (0, 20, 1.5):
+        with pytest.raises(AoiError, match=rf"patience is {patience}; a whole number from 1 to 19"):
+            distill(images, **SMALL, budget="1 steps", patience=patience)
+
+
+def test_it_is_looked_at_on_held_out_images_where_there_are_some(images):
+    seen, held_out = images.select([0, 1]), images.select([2, 3])
+    a, b = (distill(seen, **SMALL, budget="2 steps", validation=given).history for given in (None, held_out))
+    assert a.loss.equals(b.loss) and not a.effective_rank.equals(b.effective_rank)
+    with warnings.catch_warnings(action="error"):
+        one = distill(seen, **(SMALL | {"batch_size": 1}), budget="3 steps").history
+    assert one.feature_std.iloc[0] > 0.05, "a batch of one crop is no collapse"
+
+
 # --- runs ---
 
 
@@ -453,14 +482,15 @@ def test_two_processes_have_the_losses_of_one(folder, tmp_path):
         from aoi_ssl.distill import distill
 
         main = PartialState(cpu=True).is_main_process
-        result = distill(load_folder({str(folder)!r})["train"], **({options!r} | {{"batch_size": 2}}))
+        result = distill(load_folder({str(folder)!r})["train"], **({options!r} | {{"batch_size": 2, "progress": True}}))
         if main:
             result.history.to_csv({str(tmp_path / "two.csv")!r})
     """)
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run(launch, check=True, env=environment, capture_output=True)
+    run = subprocess.run(launch, check=True, env=environment, capture_output=True, text=True, timeout=120)
+    assert len(re.findall(r"About \d+ images a second: 3 steps of 4", run.stdout)) == 1, "said once, measured by both"
     two, one = pd.read_csv(tmp_path / "two.csv"), distill(load_folder(folder)["train"], **options).history
     assert torch.allclose(torch.tensor(two.loss.tolist()), torch.tensor(one.loss.tolist()), atol=1e-4)
 
@@ -488,6 +518,14 @@ def test_the_machinery_stays_off_the_labels(folder, monkeypatch):
         ({"precision": "half"}, "precision is 'half'"),
         ({"encoder": "huge"}, "no encoder preset"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"base_lr": float("nan")}, "base_lr is nan; a finite number above 0"),
+        ({"base_lr": -1e-3}, "base_lr is -0.001"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; a finite number from 0"),
+        ({"warmup": 2.0}, "warmup is 2.0; a finite number from 0 to 1"),
+        ({"report_to": "paper"}, "report_to is 'paper'"),
+        ({"momentum": 1.5}, "momentum is 1.5; a finite number from 0 to 1"),
+        ({"temperature": (0.04, 0.0)}, "temperature is 0.0; a finite number above 0"),
+        ({"prototypes": 1}, "prototypes is 1; a whole number from 2"),
     ],
 )
 def test_wrong_plans_are_refused_before_an_image_is_read(images, wrong, message, monkeypatch):
@@ -505,10 +543,12 @@ def test_views_that_are_none_are_refused():
 
 def test_the_options_that_pretrain_has_mean_the_same_here():
     theirs, ours = (inspect.signature(f).parameters for f in (pretrain, distill))
-    shared = set(theirs) & set(ours) - {"base_lr", "encoder"}
+    shared = set(theirs) & set(ours) - {"base_lr", "encoder", "patch_size"}  # None there: the shape of the weights to go on from
+    assert ours["encoder"].default == "tiny" and ours["patch_size"].default == 16
     assert {
         "crop",
-        "patch_size",
+        "validation",
+        "patience",
         "batch_size",
         "weight_decay",
         "warmup",

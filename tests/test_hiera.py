@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import signal
 import sys
 
@@ -12,10 +13,11 @@ from transformers import HieraForPreTraining, HieraModel
 
 from aoi_ssl.augment import Augment
 from aoi_ssl.core import AoiError, step_seed
+from aoi_ssl.crops import store_images
 from aoi_ssl.data import channel_stats, load_folder
 from aoi_ssl.encoder import Encoder, quiet, sincos_positions
 from aoi_ssl.hiera import HieraEncoder, hiera_config, new_hiera, pretrain_hiera, stage_outputs, unrolled_order
-from aoi_ssl.pretrain import base_rate, decay_groups, pretrain
+from aoi_ssl.pretrain import base_rate, decay_groups, masked_batches, pretrain
 
 SMALL = {"encoder": "hiera-nano", "crop": 64, "batch_size": 4, "progress": False}
 
@@ -228,14 +230,37 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_unbroken_one(images, tmp_path):
     assert again.fingerprint() == resumed.encoder.fingerprint()
 
 
+def test_held_out_images_judge_it_and_patience_ends_it(images, capsys):
+    "Under fixed masks of mask units: the loss that transformers has for the same pixels and the same noise."
+    seen, held_out = images.select(range(6)), images.select(range(6, 9))
+    options = SMALL | {"budget": "40 steps", "base_lr": 1.0, "progress": True}
+    result = pretrain_hiera(seen, **options, validation=held_out, patience=1)
+    judged = result.history.validation_loss.dropna()
+    assert 2 <= len(judged) < 10 and len(result.history) < 40 and judged.iloc[-1] > judged.min()
+    units = HieraEncoder(result.mae.hiera, mean=result.encoder.mean, std=result.encoder.std, stages=(3,))
+    at = masked_batches(store_images(held_out, cell=64), units, size=64, batch_size=4)
+    with torch.no_grad():
+        mean = sum(result.mae(at(i)["pixels"], noise=at(i)["noise"]).loss.item() for i in range(4)) / 4
+    assert mean == pytest.approx(judged.min(), rel=1e-5), "the weights that were best are those that come back"
+    assert re.search(r"About \d+ images a second: 40 steps of 4, \d+\.\d epochs", capsys.readouterr().out)
+    with pytest.raises(AoiError, match="nothing to validate on"):
+        pretrain_hiera(seen, **options, patience=1)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"crop": 100}, "no multiple of the mask unit"),
+        ({"crop": 0}, "no multiple of the mask unit"),
         ({"crop": 320}, "smaller than a crop of 320"),
         ({"mask_ratio": 1.0}, "mask_ratio is 1.0"),
         ({"encoder": "tiny"}, "no encoder preset 'tiny'"),
         ({"budget": "soon"}, "no budget"),
+        ({"base_lr": float("nan")}, "base_lr is nan; a finite number above 0"),
+        ({"base_lr": -1e-3}, "base_lr is -0.001"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; a finite number from 0"),
+        ({"warmup": 2.0}, "warmup is 2.0; a finite number from 0 to 1"),
+        ({"report_to": "paper"}, "report_to is 'paper'"),
     ],
 )
 def test_wrong_plans_are_refused_before_an_image_is_read(images, wrong, message, monkeypatch):

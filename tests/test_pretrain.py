@@ -26,9 +26,9 @@ from aoi_ssl.data import channel_stats, load_folder
 from aoi_ssl.encoder import Encoder, PixelEncoder, ViTEncoder, mae_config, new_vit, quiet
 from aoi_ssl.pretrain import (
     Pretrained,
-    _validation,
     decay_groups,
     default_crop,
+    held_out_loss,
     load_pretrained,
     pretrain,
     visible_statistics,
@@ -82,7 +82,7 @@ def stop_at(step):
 def test_the_defaults_are_the_papers():
     defaults = {n: p.default for n, p in inspect.signature(pretrain).parameters.items()}
     assert defaults["mask_ratio"] == 0.7 and defaults["norm_pix"] and defaults["augment"] is True
-    assert defaults["weight_decay"] == 0.05 and defaults["encoder"] == "tiny" and defaults["patch_size"] == 16
+    assert defaults["weight_decay"] == 0.05 and pretrain_module._DRAWN == {"encoder": "tiny", "patch_size": 16, "decoder_width": 128}
 
 
 def test_it_learns(images):
@@ -181,9 +181,9 @@ def test_validation_is_fixed_and_never_augmented(images, monkeypatch):
     encoder = ViTEncoder(mae.vit)
     torch.manual_seed(1)
     with torch.no_grad():
-        a = _validation(images.select([0]), encoder, 64, 4)(mae)
+        a = held_out_loss(images.select([0]), encoder, size=64, batch_size=4)(mae)
         torch.manual_seed(2)
-        b = _validation(images.select([0]), encoder, 64, 4)(mae)
+        b = held_out_loss(images.select([0]), encoder, size=64, batch_size=4)(mae)
     assert a == b and a["score"] == -a["loss"]
 
 
@@ -244,9 +244,15 @@ def test_a_full_disk_at_the_end_keeps_the_checkpoint(images, tmp_path, monkeypat
 def test_start_from(images, trained, tmp_path):
     result, out = trained
     still = {**SMALL, "budget": "1 steps", "base_lr": 1e-12, "weight_decay": 0.0}
-    other = {"encoder": "tiny", "crop": 96, "decoder_width": 64}  # what was trained wins
+    other = {"encoder": None, "crop": 96}
     more = pretrain(images, **(still | other), start_from=out)
     assert more.mae.config.hidden_size == 48 and more.mae.config.image_size == 96
+    for wrong, has in ({"encoder": "tiny"}, "'nano'"), ({"patch_size": 8}, 16), ({"decoder_width": 64}, 128):
+        (name, value), = wrong.items()
+        with pytest.raises(AoiError, match=rf"{name} is {value!r}, but the weights of .* have {name} {has}.*Leave {name} out"):
+            pretrain(images, **(still | wrong), start_from=out)
+    same = pretrain(images, **still, patch_size=16, decoder_width=128, start_from=out)
+    assert same.mae.config.hidden_size == 48, "what agrees may be said"
     assert torch.allclose(more.mae.vit.layers[0].mlp.fc1.weight, result.mae.vit.layers[0].mlp.fc1.weight, atol=1e-6)
     assert torch.allclose(more.mae.decoder.mask_token, result.mae.decoder.mask_token, atol=1e-6)
     assert more.mae.vit.embeddings.position_embeddings.shape[1] == 37
@@ -255,7 +261,8 @@ def test_start_from(images, trained, tmp_path):
         pretrain(images, **SMALL, budget="1 steps", start_from=tmp_path / "three")
     plain = ViTEncoder("nano", image_size=32, patch_size=8, mean=[0.1, 0.2], std=[0.3, 0.4])
     plain.save_pretrained(tmp_path / "plain")
-    other = pretrain(images, **still, start_from=tmp_path / "plain")
+    other = pretrain(images, **still, decoder_width=32, start_from=tmp_path / "plain")
+    assert other.mae.config.decoder_hidden_size == 32, "an encoder without a decoder leaves its width open"
     assert other.encoder.patch_size == 8 and torch.allclose(other.encoder.mean, torch.tensor([0.1, 0.2]))
 
 
@@ -330,6 +337,11 @@ def test_visible_statistics_by_hand():
         ({"resume": True}, "Pass out"),
         ({"precision": "half"}, "precision is 'half'"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"base_lr": float("nan")}, "base_lr is nan; a finite number above 0"),
+        ({"base_lr": -1e-3}, "base_lr is -0.001"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; a finite number from 0"),
+        ({"warmup": 2.0}, "warmup is 2.0; a finite number from 0 to 1"),
+        ({"report_to": "paper"}, "report_to is 'paper'"),
         ({"validation": "other lights"}, "validation images have 1 channels .* the others 2"),
         ({"validation": "small"}, "smaller than a crop of 64"),
         ({"validation": "none"}, "no images"),
@@ -436,7 +448,7 @@ def test_a_tracker_hears_of_every_tenth_step(images):
 def test_what_to_expect_is_said_before_the_first_step_and_changes_nothing(images, capsys):
     said, loud = [], {**SMALL, "progress": True}
     told = pretrain(images, **loud, budget="18 steps", on_step=lambda *_: said.append(capsys.readouterr().out))
-    assert re.search(r"About \d+ crops a second: 18 steps of 4, 0\.5 epochs, in \d+ s\.", said[0])  # 36 steps an epoch
+    assert re.search(r"About \d+ images a second: 18 steps of 4, 0\.5 epochs, in \d+ s\.", said[0])  # 36 steps an epoch
     assert not any(said[1:]) and told.history.loss.equals(pretrain(images, **SMALL, budget="18 steps").history.loss)
 
 

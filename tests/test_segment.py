@@ -397,6 +397,27 @@ def test_no_module_has_statistics_of_its_own():
 # Bad input
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lr": float("nan")}, "lr is nan; a finite number above 0"),
+        ({"layer_decay": 1.5}, "layer_decay is 1.5; a finite number above 0 up to 1"),
+        ({"weight_decay": -1}, "weight_decay is -1; a finite number from 0"),
+        ({"warmup": 2.0}, "warmup is 2.0"),
+    ],
+)
+def test_rates_that_cannot_work_are_refused_before_an_image_is_read(images, wrong, message, monkeypatch):
+    monkeypatch.setattr("aoi_ssl.data.read_native", lambda *a, **k: pytest.fail("an image was read"))
+    with pytest.raises(AoiError, match=message):
+        finetune(images["train"], nano(), **SHORT | wrong)
+
+
+def test_what_to_expect_is_said_and_changes_nothing(images, capsys):
+    loud, silent = (finetune(images["train"], nano(), **SHORT | {"budget": "2 steps", "progress": shown}) for shown in (True, False))
+    assert re.search(r"About \d+ images a second: 2 steps of 2, .* epochs, in \d+ s\.", capsys.readouterr().out)
+    assert all(torch.equal(a, b) for a, b in zip(loud.state_dict().values(), silent.state_dict().values(), strict=True))
+
+
 def test_a_batch_of_one_is_refused_early(images):
     with pytest.raises(AoiError, match="batch_size is 1.*Use batch_size=2"):
         finetune(images["train"], nano(), **SHORT | {"batch_size": 1})

@@ -2,19 +2,25 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
+from safetensors.torch import load_file
 from torch import nn
 
 from aoi_ssl.core import AoiError
-from aoi_ssl.train import Budget, fit, lr_factor, parse_budget
+from aoi_ssl.train import Budget, check_trackers, fit, lr_factor, parse_budget
 
 
 def batch(index):
@@ -168,6 +174,39 @@ def test_early_stopping_restores_the_best_weights():
     assert model[3].bias.item() == seen[1] and not model.training
 
 
+def test_a_run_ends_where_it_is_told_to_also_when_it_goes_on(tmp_path):
+    file, stop = tmp_path / "run.checkpoint", lambda history: len(history) == 12
+    model, optimizer = start()
+    whole = fit(model, loss, batch, optimizer, budget="20 steps", checkpoint=file, save_every=0.0, stop=stop, progress=False)
+    again, optimizer = start()
+    resumed = fit(again, loss, batch, optimizer, budget="20 steps", checkpoint=file, resume=True, stop=stop, progress=False)
+    assert len(whole) == 12 and resumed.loss.equals(whole.loss)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_what_to_expect_is_measured_on_a_copy_and_counts_what_is_left(capsys):
+    "Every step works 20 ms of CPU time: 50 steps in a second, 40 of which are left."
+    from aoi_ssl.train import expectation
+
+    def working(index):
+        asked.append(index)
+        end = time.process_time() + 0.02
+        while time.process_time() < end:
+            pass
+        return batch(index)
+
+    asked, (model, _) = [], start()
+    before = [p.clone() for p in model.parameters()]
+    second = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cpu"), backward=lambda value: value.backward())
+    line = expectation(model, loss, working, second, budget=Budget(steps=50, clock="cpu"), images=8, epoch=10, spent=0.2)
+    speed, steps, epochs, seconds = re.match(r"About (\d+) images a second: (\d+) steps of 8, (.*) epochs, in (\d+) s", line).groups()
+    assert asked == [1, 3, 5] and (steps, epochs) == ("40", "4.0") and 100 < int(speed) <= 400 and 1 <= int(seconds) < 4
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) and model[0].weight.grad is None
+    for progress, images in ((True, 8), (True, None), (False, 8)):
+        fit(*_args(), budget="2 steps", images=images, epoch=5, progress=progress)
+    assert capsys.readouterr().out.count("About") == 1
+
+
 def test_patience_longer_than_the_run_is_refused():
     model, optimizer = start()
     with pytest.raises(AoiError, match="can never run out"):
@@ -178,17 +217,40 @@ def test_patience_longer_than_the_run_is_refused():
         fit(model, loss, batch, optimizer, budget="10 steps", patience=2)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+@pytest.mark.parametrize("name", [None, "run.checkpoint"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_its_batch_is_kept(tmp_path, monkeypatch, name):
+    "Beside the checkpoint, or in a temporary folder; the error says where."
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model, optimizer = start()
-    with pytest.raises(AoiError, match="nan at step 13"):
-        fit(
-            model,
-            lambda m, b: loss(m, b) * b["scale"],
-            lambda i: {**batch(i), "scale": torch.tensor(math.nan if i == 13 else 1.0)},
-            optimizer,
-            budget="40 steps",
-            progress=False,
-        )
+    broken = lambda i: {**batch(i), "scale": torch.tensor(math.nan if i == 13 else 1.0), "crops": 8}
+    options = {"budget": "40 steps", "checkpoint": name and tmp_path / name, "progress": False}
+    with pytest.raises(AoiError, match="nan at step 13.*The batch is in ") as error:
+        fit(model, lambda m, b: loss(m, b) * b["scale"], broken, optimizer, **options)
+    file = Path(re.search(r"The batch is in (\S+)\. ", str(error.value))[1])
+    kept = load_file(file)
+    assert file.is_relative_to(tmp_path) and sorted(kept) == ["scale", "x", "y"] and kept["scale"].isnan()
+    assert torch.equal(kept["x"], batch(13)["x"])
+
+
+@pytest.mark.parametrize("warmup", [2.0, -0.1, math.nan, "half"])
+def test_a_warmup_that_is_no_share_is_refused(warmup):
+    with pytest.raises(AoiError, match=r"warmup is .*; a finite number from 0 to 1 was expected"):
+        fit(*_args(), budget="10 steps", warmup=warmup, progress=False)
+
+
+def test_a_tracker_that_is_not_there_is_no_tracker(monkeypatch):
+    "accelerate would leave it out without a word."
+    monkeypatch.setattr("aoi_ssl.train.get_available_trackers", lambda: ["mlflow"])
+    for name in "comet_ml", ["mlflow", "comet_ml"]:
+        with pytest.raises(AoiError, match=r"comet_ml is not installed here.*Run `pip install comet-ml`, or leave report_to out"):
+            fit(*_args(), budget="10 steps", report_to=name, progress=False)
+    with pytest.raises(AoiError, match="report_to is 'paper'; names of trackers that accelerate knows were expected: .*tensorboard"):
+        fit(*_args(), budget="10 steps", report_to="paper", progress=False)
+    for there in None, [], "mlflow", ["mlflow", "mlflow"], "all":
+        check_trackers(there)
+    monkeypatch.setattr("aoi_ssl.train.get_available_trackers", list)
+    with pytest.raises(AoiError, match="no tracker is installed here.*pip install tensorboard"):
+        check_trackers("all")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +329,8 @@ SCRIPT = """
 import sys, torch
 from torch import nn
 from accelerate import PartialState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import broadcast_object_list
 from aoi_ssl.train import fit
 
 per = 8 // PartialState(cpu=True).num_processes
@@ -276,17 +340,60 @@ def batch(index):
     x = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(int(r))) for r in rows])
     return {"x": x, "y": x.sum(1, keepdim=True)}
 
+class Notes(GeneralTracker):
+    name, requires_logging_directory, tracker = "notes", False, None
+    def __init__(self): pass
+    def store_init_configuration(self, values): pass
+    def log(self, values, step=None, **kwargs): pass
+
 torch.manual_seed(0)
 model = nn.Linear(3, 1)
 loss = lambda m, b: ((m(b["x"]) - b["y"]) ** 2).mean()
-fit(model, loss, batch, torch.optim.SGD(model.parameters(), lr=0.1), budget="8 steps", progress=False)
+fit(model, loss, batch, torch.optim.SGD(model.parameters(), lr=0.1), budget="8 steps", progress=False, report_to=[Notes()])
 """
+
+
+class Notes(GeneralTracker):
+    "A tracker that knows when it was told what."
+
+    name, requires_logging_directory, tracker = "notes", False, None
+
+    def __init__(self):
+        self.steps, self.finished = [], 0
+
+    def store_init_configuration(self, values):
+        assert "budget" in values
+
+    def log(self, values, step=None, **kwargs):
+        assert not self.finished, "it has been told that the run is over"
+        self.steps.append(step)
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("how", ["at the end", "early", "by Ctrl-C", "by a broken loss"])
+def test_a_tracker_is_told_of_the_end_once_and_last_however_it_comes(how):
+    def asked(index):
+        if index == 12 and how == "by Ctrl-C":
+            os.kill(os.getpid(), signal.SIGINT)
+        return {**batch(index), "scale": torch.tensor(math.nan if index == 12 and how == "by a broken loss" else 1.0)}
+
+    notes, (model, optimizer) = Notes(), start()
+    stop = lambda history: how == "early" and len(history) == 13
+    options = {"budget": "25 steps", "stop": stop, "report_to": [notes], "progress": False}
+    broken = {"by Ctrl-C": pytest.raises(KeyboardInterrupt), "by a broken loss": pytest.raises(AoiError)}
+    with broken.get(how, nullcontext()):
+        fit(model, lambda m, b: loss(m, b) * b["scale"], asked, optimizer, **options)
+    assert notes.steps == {"at the end": [9, 19, 24], "early": [9, 12], "by Ctrl-C": [9, 12], "by a broken loss": [9]}[how]
+    assert notes.finished == 1
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
     "Two CPU processes with batches of 4 see what one process, this one, sees with batches of 8."
     script, out = tmp_path / "two.py", tmp_path / "two.pt"
-    script.write_text(SCRIPT + "assert per == 4\nif PartialState().is_main_process:\n    torch.save(model.state_dict(), sys.argv[1])\n")
+    talk = "assert per == 4\nbroadcast_object_list([0])\n"  # that the tracker is told of the end does not end the talk between processes
+    script.write_text(SCRIPT + talk + "if PartialState().is_main_process:\n    torch.save(model.state_dict(), sys.argv[1])\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     subprocess.run([*launch, str(script), str(out)], check=True, capture_output=True, timeout=120, env=env)
