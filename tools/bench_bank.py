@@ -109,14 +109,17 @@ def lists_of(parts: dict[str, Dataset], encoder: Encoder) -> pd.DataFrame:
 
 
 def add(encoder: Encoder, args: argparse.Namespace) -> pd.DataFrame:
-    "A bank of three images of 512 x 512 gets a fourth, thresholds are chosen anew, and a fifth is segmented; two recipes."
+    """A bank of three images of 512 x 512 gets a fourth, thresholds are chosen anew, and a fifth is segmented.
+
+    Two recipes, also in float32, which is what a processor without matrix instructions for bfloat16 takes."""
     images = next(iter(by_device(arena(args.pictures, devices=2, images=5, drifts=(0.0,), seed=30)["new devices"]).values()))
-    return pd.concat([added(images, encoder, method) for method in ("aligned", "fast")])
+    ways = [(method, changes) for method in ("aligned", "fast") for changes in ({}, {"bfloat16": False})]
+    return pd.concat([added(images, encoder, method, **changes) for method, changes in ways])
 
 
-def added(images: Dataset, encoder: Encoder, method: str) -> pd.DataFrame:
+def added(images: Dataset, encoder: Encoder, method: str, **changes: bool) -> pd.DataFrame:
     "The same for one recipe, three times."
-    bank, query, rows = build_bank(images.select(range(3)), encoder, method=method), images[4]["image"][None], []
+    bank, query, rows = build_bank(images.select(range(3)), encoder, method=method, **changes), images[4]["image"][None], []
     more = images.select([3])
     for turn in range(4):
         grown = bank.using()
@@ -126,8 +129,8 @@ def added(images: Dataset, encoder: Encoder, method: str) -> pd.DataFrame:
             marks.append((time.perf_counter(), time.process_time()))
         (add_s, add_cpu), (predict_s, predict_cpu) = np.diff(marks, axis=0)
         if turn:  # the first warms up
-            rows.append({"method": method, "threads": torch.get_num_threads(), "keys": len(grown.keys), "add_s": add_s,
-                         "predict_s": predict_s, "both_s": add_s + predict_s, "both_cpu_s": add_cpu + predict_cpu})
+            named = {"method": f"{method}, float32" if changes else method, "threads": torch.get_num_threads(), "keys": len(grown.keys)}
+            rows.append(named | {"add_s": add_s, "predict_s": predict_s, "both_s": add_s + predict_s, "both_cpu_s": add_cpu + predict_cpu})
             print(rows[-1], flush=True)
     return pd.DataFrame(rows)
 
