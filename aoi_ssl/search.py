@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEY_TYPES', 'FAISS', 'MOST_EXACT', 'top_k', 'encode_keys', 'decode_keys', 'Index', 'ExactIndex', 'cluster',
-           'list_count', 'faiss_bytes', 'IVFIndex', 'stored_keys', 'build_index', 'index_bytes', 'load_index',
+           'faiss_bytes', 'list_count', 'IVFIndex', 'stored_keys', 'build_index', 'index_bytes', 'load_index',
            'pack_bits', 'unpack_bits', 'distinct_masks', 'MaskRows', 'cast_votes', 'aggregate', 'insertion_distances',
            'shown_classes', 'coreset']
 
@@ -254,13 +254,13 @@ def _near_lists(
     farthest = reach * (1 - near[:, :1]).clamp(min=0)
     return lists.masked_fill_(1 - near > farthest.maximum(1 - near[:, :1]), -1)
 
-
+# %% ../nbs/api/12_search.ipynb #81bc3905
 def _probe(
     queries: Tensor,  # (Q, D)
     centres: Tensor,  # (L, D)
     reach: float,  # from 1: how many times as far as the nearest centre
 ) -> tuple[Tensor, Tensor]:  # query and list of each pair, sorted by list
-    "The same as pairs."
+    "Who searches which list, in pairs."
     lists = _near_lists(queries, centres, reach)
     query, rank = (lists >= 0).nonzero(as_tuple=True)
     lists = lists[query, rank]
@@ -379,6 +379,13 @@ def _faiss_lists(
     made.is_trained, made.ntotal, made.nprobe = True, len(index), _most_lists(count)
     return made
 
+# %% ../nbs/api/12_search.ipynb #c8fffbaf
+def faiss_bytes(
+    dim: int,  # D numbers of a key
+) -> int:  # 136 for 64 numbers
+    "What faiss holds for each key: its copy in half precision, and its number."
+    return 2 * dim + 8
+
 # %% ../nbs/api/12_search.ipynb #279f2d10
 def _faiss_search(
     index: "IVFIndex",  # float16, in main memory
@@ -387,11 +394,13 @@ def _faiss_search(
     faiss,  # the module
 ) -> tuple[Tensor, Tensor]:  # similarity (Q, k) and row (Q, k); -inf and -1 where the lists had too few
     "What `_list_search` finds, by faiss and as many threads as torch has."
-    if index._by_faiss is None:
-        index._by_faiss = _faiss_lists(index, faiss)
+    made = index._by_faiss
+    if made is None:
+        made = index._by_faiss = _faiss_lists(index, faiss)
     faiss.omp_set_num_threads(torch.get_num_threads())
-    lists = _near_lists(queries, index.centres, float(index.reach))
-    similarity, rows = map(torch.from_numpy, index._by_faiss.search_preassigned(queries.detach().numpy(), k, lists.numpy(), None))
+    lists = _near_lists(queries, index.centres, float(index.reach)).numpy()
+    found = made.search_preassigned(queries.detach().numpy(), k, lists, np.zeros(lists.shape, np.float32))
+    similarity, rows = map(torch.from_numpy, found)
     return similarity.masked_fill_(rows < 0, -torch.inf), rows
 
 # %% ../nbs/api/12_search.ipynb #96cdd922
@@ -400,13 +409,6 @@ def list_count(
 ) -> int:  # lists; 1012 at 400,000 keys
     "How many lists share the work evenly: to compare with all centres, and with the keys of a few lists."
     return max(1, int(1.6 * keys**0.5))
-
-
-def faiss_bytes(
-    dim: int,  # D numbers of a key
-) -> int:  # 136 for 64 numbers
-    "What faiss holds for each key: its copy in half precision, and its number."
-    return 2 * dim + 8
 
 # %% ../nbs/api/12_search.ipynb #3d45952b
 class IVFIndex(Index):
@@ -528,7 +530,7 @@ def build_index(
         dtype = "float16" if kind == "ivf" or keys.is_cuda else "float32"
     return IVFIndex(keys, dtype=dtype, seed=seed) if kind == "ivf" else ExactIndex(keys, dtype=dtype)
 
-
+# %% ../nbs/api/12_search.ipynb #1c51c058
 def index_bytes(
     total: int,  # keys of the whole bank
     dim: int,  # D numbers of a key

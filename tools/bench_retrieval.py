@@ -359,6 +359,8 @@ def draw(result: dict, file: Path) -> None:
     from matplotlib import pyplot as plt
 
     drawn = [panel for name, panel in (("curve", draw_curve), ("reach", draw_reach), ("coreset", draw_coreset)) if name in result]
+    if not drawn:
+        return
     count = len(drawn) + ("curve" in result)
     fig, axes = plt.subplots(1, count, figsize=(3.8 * count, 3.6), layout="constrained", squeeze=False)
     free = iter(axes[0])
