@@ -216,11 +216,14 @@ def built(make: Callable, *arguments, **options) -> tuple[Index, float]:
     return make(*arguments, **options), time.process_time() - start
 
 
-def faiss_row(keys: Tensor, masks: Tensor, factory: str, probes: int, factor: int = 0, **judged) -> dict:
+FACTORIES = {"float16": "IVF1012,SQfp16", "RaBitQ": "IVF1012,RaBitQfs,Refine(SQfp16)"}  # as faiss names them
+
+
+def faiss_row(keys: Tensor, masks: Tensor, kind: str, probes: int, factor: int = 0, **judged) -> dict:
     "An index of faiss alone, with its own centres and as many lists for each query; the best `factor` * K are compared again."
 
     def make():
-        index = FAISS.index_factory(keys.shape[1], factory, FAISS.METRIC_INNER_PRODUCT)
+        index = FAISS.index_factory(keys.shape[1], FACTORIES[kind], FAISS.METRIC_INNER_PRODUCT)
         index.train(keys[:: max(1, len(keys) // 65536)].contiguous().numpy())
         index.add(keys.numpy())
         FAISS.extract_index_ivf(index).nprobe = probes
@@ -234,7 +237,7 @@ def faiss_row(keys: Tensor, masks: Tensor, factory: str, probes: int, factor: in
     rows = MaskRows.of(masks)
     lay = lambda similarity, found: aggregate(weigh(similarity), found, rows, count=COUNT)
     size = FAISS.serialize_index(index).nbytes + rows.nbytes
-    name = f"faiss alone, {factory}, {probes} lists" + f", {factor}k refined" * bool(factor)
+    name = f"faiss alone, {kind}, {probes} lists" + f", best {factor * K} again" * bool(factor)
     return judge(name, Method(find, lay, size, len(keys)), build=took, **judged)
 
 
@@ -260,8 +263,8 @@ def methods(data: dict[str, Tensor]) -> list[dict]:
             _, more = built(ask, index, queries[:1])
             rows.append(judge(f"{name}, {dtype}, faiss", packed(index, masks), build=took + more, **options))
     if FAISS:
-        rows += [faiss_row(keys, masks, "IVF1012,SQfp16", probes, **options) for probes in (16, 32)]
-        rows += [faiss_row(keys, masks, "IVF1012,RaBitQfs,Refine(SQfp16)", 16, factor, **options) for factor in (10, 20)]
+        rows += [faiss_row(keys, masks, "float16", probes, **options) for probes in (16, 32)]
+        rows += [faiss_row(keys, masks, "RaBitQ", 16, factor, **options) for factor in (10, 20)]
     else:
         print("faiss is not installed, or not used on this system: lists are scanned by torch alone")
     return rows
