@@ -36,6 +36,9 @@ setup(
     package_data={"aoi_ssl": ["py.typed", "static/*", "shipped/*/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={
+        "faiss": cfg["faiss_requirements"].split(),
+        "dev": (cfg["faiss_requirements"] + " " + cfg["dev_requirements"]).split(),
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -24,7 +24,7 @@ from .encoder import Encoder
 from .features import FeatureSpace, between_grids, embed, fit_space, grid_corner, grid_keys, in_bfloat16, layer_count
 from .features import sample_drifted, sample_embeddings, shift_offsets, with_layers
 from .patches import patchify_mask, shows_any
-from .search import MOST_EXACT, MaskRows, pack_bits, stored_keys
+from .search import MOST_EXACT, MaskRows, index_bytes, pack_bits, stored_keys
 
 # %% ../nbs/api/13_remember.ipynb #27463d7b
 @dataclass(frozen=True)
@@ -337,8 +337,8 @@ def estimate_bank(
     *,
     method: str | Recipe = "aligned",  # as for `build_bank`
     **changes: object,  # options of `Recipe`, as for `build_bank`
-) -> pd.DataFrame:  # a row per image: stem, device, encodings, patches, key_bytes, mask_bytes, bytes
-    """What a bank would take, at most, if the labels are known all over.
+) -> pd.DataFrame:  # a row per image: stem, device, encodings, patches, key_bytes, mask_bytes, search_bytes, bytes
+    """What a bank would take in memory, at most, if the labels are known all over.
 
     Patches that are wholly ignored will be left out, beyond 16 grids those without an edge, and of equal masks all but one."""
     recipe, p = make_recipe(method, **changes), encoder.patch_size
@@ -351,6 +351,9 @@ def estimate_bank(
         patches = recipe.turns * sum(-(-(h - y) // p) * -(-(w - x) // p) for y, x in corners)
         rows.append({"stem": stem, "device": device, "encodings": recipe.turns * recipe.bank_shifts, "patches": patches})
     table = pd.DataFrame(rows)
-    table["key_bytes"] = (2 if table["patches"].sum() > MOST_EXACT else 4) * length * table["patches"]
+    total = table["patches"].sum()
+    table["key_bytes"] = (2 if total > MOST_EXACT else 4) * length * table["patches"]
     table["mask_bytes"] = masks * table["patches"]
-    return table.assign(bytes=table["key_bytes"] + table["mask_bytes"])
+    searched = 0 if recipe.granularity == "image" else index_bytes(total, length)
+    table["search_bytes"] = -(-searched * table["patches"] // total)
+    return table.assign(bytes=table["key_bytes"] + table["mask_bytes"] + table["search_bytes"])

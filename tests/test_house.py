@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(p for p in (ROOT / "aoi_ssl").glob("*.py") if not p.name.startswith("_"))
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "kornia", "nbdev", "fastcore")
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pandas", "scipy", "kornia", "faiss", "nbdev", "fastcore")
 FORBIDDEN = {"torchvision", "timm", "segmentation-models-pytorch", "lightly", "lightly-train", "albumentations"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "settings.ini").exists(), reason="needs the source tree")
@@ -49,7 +49,7 @@ def pins() -> dict[str, str]:
 
 
 def requirements() -> list[Requirement]:
-    return [Requirement(r) for key in ("requirements", "dev_requirements") for r in settings()[key].split()]
+    return [Requirement(r) for key in ("requirements", "faiss_requirements", "dev_requirements") for r in settings()[key].split()]
 
 
 # the import
@@ -99,7 +99,9 @@ def test_no_forbidden_requirement():
 def test_imports_are_declared():
     "What a module imports is in the requirements, so that an empty environment has it."
     declared = {canonicalize_name(Requirement(r).name) for r in settings()["requirements"].split()}
-    names = {"PIL": "pillow", "IPython": "ipywidgets", "traitlets": "ipywidgets", "huggingface_hub": "transformers", "yaml": "transformers"}
+    declared |= {"faiss-cpu"}  # an extra: `search` does without it
+    names = {"PIL": "pillow", "IPython": "ipywidgets", "traitlets": "ipywidgets", "huggingface_hub": "transformers", "yaml": "transformers",
+             "faiss": "faiss-cpu"}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             absolute = isinstance(node, ast.ImportFrom) and not node.level

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from aoi_ssl import recall, retrieval, search
+from aoi_ssl import recall, remember, retrieval, search
 from aoi_ssl.core import AoiError
 from aoi_ssl.crossval import cross_validate, held_out_search, judged_regions, patch_folds, region_masks
 from aoi_ssl.data import class_names, load_folder
@@ -1015,6 +1015,17 @@ def test_the_estimate_is_what_it_takes(dataset, pixels, recipe):
         assert table["patches"].sum() == len(bank.keys) and table["key_bytes"].sum() == bank.keys.nbytes
         known = bank.known.table.nbytes  # the estimate takes it that all is known
         assert table["mask_bytes"].sum() >= bank.values.nbytes + bank.known.nbytes - known > 0.8 * table["mask_bytes"].sum()
+
+
+def test_the_estimate_counts_what_the_search_takes(dataset, pixels, lists, monkeypatch):
+    "Lists, and what faiss holds where it is used; nothing for whole images, which are not searched by lists."
+    monkeypatch.setattr(remember, "MOST_EXACT", 100)
+    bank = build_bank(dataset, pixels, calibrate=False, **GRIDS)
+    table = estimate_bank(dataset, pixels, **{name: value for name, value in GRIDS.items() if name != "k"})
+    bank.predict(dataset[0]["image"][None])
+    assert 0 <= table["search_bytes"].sum() - (bank_index(bank).nbytes - bank.keys.nbytes) < len(table)
+    assert (table["bytes"] == table[["key_bytes", "mask_bytes", "search_bytes"]].sum(axis=1)).all()
+    assert not estimate_bank(dataset, pixels, method="paper", granularity="image")["search_bytes"].any()
 
 
 def test_the_frame_has_a_row_a_patch(bank, dataset):

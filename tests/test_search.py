@@ -1,5 +1,9 @@
 "Nearest keys and their masks: exactness, rows that stay right, bounded memory, what a coreset covers."
 
+import copy
+import pickle
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +25,8 @@ from aoi_ssl.search import (
     decode_keys,
     distinct_masks,
     encode_keys,
+    faiss_bytes,
+    index_bytes,
     insertion_distances,
     load_index,
     pack_bits,
@@ -294,11 +300,134 @@ def test_the_kind_follows_the_size(keys, monkeypatch):
         build_index(keys, kind="annoy")
 
 
-def test_nothing_but_torch_is_needed(keys):
-    import sys
+# --- lists by faiss -------------------------------------------------------------------------------------------------
 
-    build_index(keys, kind="ivf").search(keys[:2], 1)
-    assert "faiss" not in sys.modules and "sklearn" not in sys.modules
+
+needs_faiss = pytest.mark.skipif(search._faiss() is None, reason="faiss is not installed, or not used on this system")
+
+
+@pytest.fixture
+def without(monkeypatch):
+    "Call something as if faiss were not installed."
+
+    def call(ask, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "faiss", None)
+            assert search._faiss() is None
+            return ask(*arguments)
+
+    return call
+
+
+def agree(found, expected) -> bool:
+    "The same neighbours; two that are equally near to within rounding may change places."
+    return found[0].allclose(expected[0], atol=1e-5) and (found[1] == expected[1]).float().mean().item() > 0.998
+
+
+def test_nothing_but_torch_is_needed(keys, queries, without):
+    index = IVFIndex(keys)
+    assert recall(queries, keys, without(index.search, queries, 5)[1], 5) > 0.9
+    assert index._by_faiss is None and "sklearn" not in sys.modules
+
+
+@needs_faiss
+@pytest.mark.parametrize("options", [{"lists": 40}, {"lists": 300, "reach": 1.0}, {"lists": 16, "reach": 100}, {"lists": 1}])
+def test_faiss_finds_what_torch_finds(options, keys, queries, without, monkeypatch):
+    "Few neighbours, more than some lists hold, more than all that are looked into hold; also after adding and removing."
+    index, torch_scan = IVFIndex(keys[:5000], **options), search._list_search
+    for change in (lambda: None, lambda: index.add(keys[5000:]), lambda: index.remove(torch.arange(0, 6000, 7))):
+        change()
+        for k in (1, 5, 400):
+            expected = without(index.search, queries[:100], k)
+            with monkeypatch.context() as patch:
+                patch.setattr(search, "_list_search", None)  # nobody asks torch
+                found = index.search(queries[:100], k)
+            assert agree(found, expected) and (found[0].diff(dim=1) <= 0).all() and found[1].dtype == torch.int64
+    assert search._list_search is torch_scan and (index.search(queries, 3000)[1] >= 0).all()
+
+
+@needs_faiss
+def test_lists_without_keys_and_fewer_keys_than_neighbours(keys, without):
+    index = IVFIndex(keys[:60], lists=40)
+    index.remove(torch.arange(40))
+    assert (index.bounds.diff() == 0).any()
+    found = index.search(keys[:9], 100)
+    assert found[1].shape == (9, 20) and (found[1].sort(1).values == torch.arange(20)).all()
+    assert agree(found, without(index.search, keys[:9], 100))
+
+
+@needs_faiss
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_faiss_has_the_threads_of_torch(threads, keys, without):
+    "Also with fewer queries than threads."
+    import faiss
+
+    index, before = IVFIndex(keys), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for count in (1, 2, 300):
+            queries = keys[-count:]
+            assert agree(index.search(queries, 5), without(index.search, queries, 5))
+            assert faiss.omp_get_max_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_faiss
+def test_what_faiss_holds_is_forgotten(keys, queries):
+    "When keys come, go or move; and a copy has none of it, on disk or in memory."
+    index = IVFIndex(keys)
+    index.search(queries, 1)
+    kept = index._by_faiss
+    index.search(queries, 5)
+    assert index._by_faiss is kept is not None
+    for other in (copy.copy(index), copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
+        assert other._by_faiss is None and other.search(queries, 5)[1].equal(index.search(queries, 5)[1])
+    assert index._by_faiss is kept and index.state().keys() == IVFIndex(keys).state().keys() == index.state_dict().keys()
+    for change in (lambda: index.add(keys[:5]), lambda: index.add(keys.repeat(4, 1)), lambda: index.remove(torch.arange(5)), index.cpu):
+        index.search(queries, 1)
+        assert index._by_faiss is not None
+        change()
+        assert index._by_faiss is None
+
+
+@needs_faiss
+def test_saved_with_faiss_and_opened_without_it(keys, queries, without):
+    def reopened(index):
+        return load_index(load(save({name: tensor.contiguous() for name, tensor in index.state().items()})))
+
+    index = IVFIndex(keys)
+    expected = index.search(queries, 5)
+    assert agree(without(lambda: reopened(index).search(queries, 5)), expected)
+    assert agree(reopened(without(lambda: reopened(index))).search(queries, 5), expected)
+
+
+@needs_faiss
+def test_what_torch_scans_although_faiss_is_there(keys, queries, monkeypatch):
+    folds, own = torch.arange(len(keys)) % 3, torch.arange(len(queries)) % 3
+    index = IVFIndex(keys)
+    index.search(queries, 5, apart=(folds, own))
+    others = [IVFIndex(keys, dtype=dtype) for dtype in ("int8", "float32")]
+    assert index._by_faiss is None and all(other.search(queries, 5) and other._by_faiss is None for other in others)
+    monkeypatch.setattr(search, "FAISS", False)
+    index.search(queries, 5)
+    assert index._by_faiss is None
+
+
+@needs_faiss
+def test_bytes_are_told_before_and_after(keys, queries, without, monkeypatch):
+    "What faiss is estimated to hold is what it holds, but for some numbers for each list."
+    import faiss
+
+    monkeypatch.setattr(search, "MOST_EXACT", 5999)
+    index = IVFIndex(keys)
+    without_it = index.nbytes
+    assert without_it - index.codes.nbytes == without(index_bytes, 6000, 32)
+    index.search(queries, 5)
+    assert index.nbytes - index.codes.nbytes == index_bytes(6000, 32) == without(index_bytes, 6000, 32) + 6000 * faiss_bytes(32)
+    held = faiss.serialize_index(index._by_faiss).nbytes
+    assert 0 <= held - (index.nbytes - without_it) < 16 * len(index.centres) + 1024
+    assert index_bytes(5999, 32) == 0
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------

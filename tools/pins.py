@@ -51,5 +51,6 @@ if __name__ == "__main__":
     config.read(ROOT / "settings.ini", encoding="utf-8")
     cfg = config["DEFAULT"]
     print("# The versions that were tested, for aoi_ssl and its dev extra. Made by tools/pins.py.")
-    for name, version in sorted(closure(cfg["requirements"].split() + cfg["dev_requirements"].split()).items()):
+    wanted = [r for key in ("requirements", "faiss_requirements", "dev_requirements") for r in cfg[key].split()]
+    for name, version in sorted(closure(wanted).items()):
         print(f"{name}=={version}")
