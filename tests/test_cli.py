@@ -144,6 +144,9 @@ def test_every_objective_and_going_on_from_an_encoder_write_one_that_opens(folde
     if words[0] == "--from":
         shipped, adapted = Encoder.from_pretrained("aoi-mae-small"), Encoder.from_pretrained(out)
         assert adapted.dim == 384 and torch.equal(adapted.mean, shipped.mean)
+    if "hiera" in words:
+        result = aoi_command("finetune", folder, "--split", "train", "--encoder", out, "--budget", "1 steps", "-o", tmp_path / "network")
+        assert result.exit_code == 0 and "1 steps; segmenter written" in result.output, result.output
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import Dinov2Config, Dinov2Model, HieraConfig, HieraModel
 
 from aoi_ssl.augment import Augment
 from aoi_ssl.core import AoiError, read_json, write_json
 from aoi_ssl.data import load_folder
-from aoi_ssl.encoder import PixelEncoder, ViTEncoder
+from aoi_ssl.encoder import BackboneEncoder, PixelEncoder, ViTEncoder, quiet
+from aoi_ssl.hiera import HieraEncoder, pretrain_hiera, unrolled_order
 from aoi_ssl.predict import load_segmenter
 from aoi_ssl.retrieval import MemoryBank
 from aoi_ssl.segment import UperHead, UperNet, expect_shares, finetune, masked_bce, parameter_groups, validator
@@ -30,8 +33,15 @@ def nano(channels=2, seed=0, **options):
     return ViTEncoder("nano", channels=channels, image_size=64, seed=seed, **options)
 
 
-def new_model(**options):
-    return UperNet.build(nano(), CLASSES, hidden=8, **options)
+def hiera(seed=0, **options):
+    return HieraEncoder("hiera-nano", image_size=64, seed=seed, **options)
+
+
+def new_model(encoder=nano, **options):
+    return UperNet.build(encoder(), CLASSES, hidden=8, **options)
+
+
+either = pytest.mark.parametrize("encoder", [nano, hiera], ids=["vit", "hiera"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,6 +94,52 @@ def test_any_size_keeps_its_size(shape, patch_size):
     model = UperNet.build(nano(patch_size=patch_size), CLASSES, hidden=8)
     p = model.predict(torch.rand(2, 2, *shape))
     assert p.shape == (2, 4, *shape) and p.dtype == torch.float32 and 0 <= p.min() and p.max() <= 1
+
+
+@pytest.mark.parametrize("stages", [3, 4])
+@pytest.mark.parametrize("shape", [(64, 64), (5, 70), (33, 17), (16, 48)])
+def test_stages_go_into_the_head_as_they_are_at_any_size(shape, stages):
+    "Also the four of the original, with mask units of 32 pixels."
+    few = dict(depths=[1] * 4, embed_dim=8, num_heads=[1] * 4, image_size=[64, 64], num_channels=2)
+    encoder = hiera() if stages == 3 else HieraEncoder(HieraModel(HieraConfig(**few), add_pooling_layer=False))
+    model = UperNet.build(encoder, CLASSES, hidden=8)
+    image = torch.rand(2, 2, *shape)
+    unit, features = 4 * 2 ** (stages - 1), model.features(image)
+    height, width = (-(-side // unit) * unit for side in shape)
+    sides = [tuple(m.shape[2:]) for m in features]
+    assert sides == [(height // s, width // s) for s in (4, 8, 16, 32)[:stages]]
+    assert all(a is b for a, b in zip(model.decoder.maps(features), features, strict=True))
+    assert model.predict(image).shape == (2, 4, *shape)
+
+
+def test_a_hiera_starts_from_what_it_has_learned(images, tmp_path):
+    "transformers itself, from the folder of the pre-training, gives the maps that the head sees."
+    options = dict(encoder="hiera-nano", crop=64, batch_size=4, budget="3 steps", progress=False)
+    learned = pretrain_hiera(images["pretrain"], tmp_path / "encoder", stages=(3,), **options).encoder
+    image = torch.rand(2, 2, 64, 64)
+    with quiet(), torch.no_grad():
+        theirs = HieraModel.from_pretrained(tmp_path / "encoder").eval()
+        expected = theirs(learned.normalise(image), output_hidden_states=True).reshaped_hidden_states[1:]
+        found = UperNet.build(learned, CLASSES, hidden=8).features(image)
+    assert not torch.equal(theirs.encoder.stages[0].layers[0].attn.qkv.weight, hiera().hiera.encoder.stages[0].layers[0].attn.qkv.weight)
+    for ours, stage in zip(found, expected, strict=True):
+        assert torch.allclose(ours.permute(0, 2, 3, 1), F.layer_norm(stage, stage.shape[-1:]), atol=1e-5)
+
+
+def test_positions_of_a_hiera_are_those_of_the_place_at_any_size():
+    "In 96 x 160 pixels, with an encoder for 64 x 64: the table is stretched over the image, in spatial order."
+    model, seen = new_model(hiera), []
+    embeddings = model.encoder.hiera.embeddings
+    with torch.no_grad():
+        embeddings.patch_embeddings.projection.weight.zero_()
+        embeddings.patch_embeddings.projection.bias.zero_()
+        model.encoder.hiera.encoder.stages[0].register_forward_pre_hook(lambda stage, given: seen.append(given[0]))
+        model.features(torch.rand(1, 2, 96, 160))
+    grid = seen[0][0, unrolled_order(24, 40, 2).argsort()].view(24, 40, 16)
+    row, column = ((torch.arange(n) + 0.5) * 16 / n - 0.5 for n in (24, 40))
+    inside = slice(5, -5)  # beyond, the table is continued by its outermost values
+    assert torch.allclose(grid[inside, inside, 9], (0.1 * row).sin()[inside, None].expand(14, 30), atol=0.01)
+    assert torch.allclose(grid[inside, inside, 1], (0.1 * column).sin()[None, inside].expand(14, 30), atol=0.01)
 
 
 def test_outputs_lie_where_the_image_is():
@@ -186,9 +242,29 @@ def test_rates_fall_from_the_head_to_the_pixels():
         assert decay[name] == (0.0 if free else 0.3), name
 
 
-def test_one_step_moves_every_parameter_by_its_own_rate():
+def test_the_blocks_of_a_hiera_are_counted_through_its_stages():
+    model = new_model(hiera)
+    groups = parameter_groups(model, lr=0.1, layer_decay=0.5, weight_decay=0.3)
+    grouped = [p for g in groups for p in g["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
+    given = {id(p): (g["name"], g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    stages = "encoder.hiera.encoder.stages"
+    for name, expected in {  # one block in each of the first two stages, two in the third
+        "encoder.hiera.embeddings.position_embeddings": ("embeddings", 0.003125, 0.0),
+        "encoder.hiera.embeddings.patch_embeddings.projection.weight": ("embeddings", 0.003125, 0.3),
+        f"{stages}.0.layers.0.attn.qkv.weight": ("block 1", 0.00625, 0.3),
+        f"{stages}.1.layers.0.proj.weight": ("block 2", 0.0125, 0.3),
+        f"{stages}.2.layers.0.mlp.fc1.bias": ("block 3", 0.025, 0.0),
+        f"{stages}.2.layers.1.layernorm_before.weight": ("block 4", 0.05, 0.0),
+        "decoder.head.classifier.weight": ("head", 0.1, 0.3),
+    }.items():
+        assert given[id(model.get_parameter(name))] == pytest.approx(expected), name
+
+
+@either
+def test_one_step_moves_every_parameter_by_its_own_rate(encoder):
     "Adam's first step is the rate itself. Not so for key biases, which softmax cancels, and biases before a batch norm."
-    model = new_model().train()
+    model = new_model(encoder).train()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, layer_decay=0.5, weight_decay=0.0), eps=1e-12)
     image, mask = batch_of(model)
@@ -226,8 +302,9 @@ def test_the_first_guess_is_the_share_of_each_class():
 # Fine-tuning
 
 
-def test_finetune_gives_a_whole_segmenter_and_leaves_the_encoder_alone(images, tmp_path):
-    encoder = nano()
+@either
+def test_finetune_gives_a_whole_segmenter_and_leaves_the_encoder_alone(images, tmp_path, encoder):
+    encoder = encoder(mean=[0.31, 0.47])
     before = encoder.fingerprint()
     with pytest.warns(UserWarning, match="threshold is 1.0"):
         model = finetune(images["train"], encoder, tmp_path / "seg", validation=images["calibration"], validations=2, **SHORT)
@@ -262,7 +339,8 @@ def test_one_seed_one_result_and_another_seed_another(images):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(images, tmp_path):
+@either
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(images, tmp_path, encoder):
     class Stop(Augment):
         pressed = False
 
@@ -273,18 +351,18 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(images, tmp_path)
             return super().__call__(image, mask, ignore, seed=seed)
 
     options = SHORT | {"augment": Stop(), "out": tmp_path / "seg"}
-    whole = finetune(images["train"], nano(), **SHORT)
+    whole = finetune(images["train"], encoder(), **SHORT)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 1"):
-        finetune(images["train"], nano(), **options)
+        finetune(images["train"], encoder(), **options)
     assert not (tmp_path / "seg").exists()
     with pytest.raises(AoiError, match="resume=True"):
-        finetune(images["train"], nano(), **options)
+        finetune(images["train"], encoder(), **options)
     with pytest.raises(AoiError, match="lr"):
-        finetune(images["train"], nano(), resume=True, lr=0.5, **options)
+        finetune(images["train"], encoder(), resume=True, lr=0.5, **options)
     others = images["train"].map(lambda row: {"stem": f"other_{row['stem']}"})
     with pytest.raises(AoiError, match="images"):
-        finetune(others, nano(), resume=True, **options)
-    resumed = finetune(images["train"], nano(), resume=True, **options)
+        finetune(others, encoder(), resume=True, **options)
+    resumed = finetune(images["train"], encoder(), resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
     assert resumed.history.loss.equals(whole.history.loss)
 
@@ -433,11 +511,15 @@ def test_unlabelled_images_are_named_or_refused(images):
         finetune(images["pretrain"], nano(), **SHORT)
 
 
-def test_other_lights_other_encoders_other_classes_are_refused(images, folder):
+def test_other_lights_other_encoders_other_classes_are_refused(images, folder, tmp_path):
     with pytest.raises(AoiError, match="2 channels"):
         finetune(images["train"], nano(channels=3), **SHORT)
-    with pytest.raises(AoiError, match="PixelEncoder"):
-        finetune(images["train"], PixelEncoder(), **SHORT)
+    with quiet():
+        tiny = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16)
+        Dinov2Model(Dinov2Config(**tiny)).save_pretrained(tmp_path / "dino")
+    for other in (PixelEncoder(), BackboneEncoder(tmp_path / "dino")):
+        with pytest.raises(AoiError, match=f"{type(other).__name__}; a ViTEncoder or a HieraEncoder was expected"):
+            finetune(images["train"], other, **SHORT)
     other = load_folder(folder, classes=["die", "pad", "lead", "resin"])["calibration"]
     with pytest.raises(AoiError, match="classes"):
         finetune(images["train"], nano(), validation=other, **SHORT)
