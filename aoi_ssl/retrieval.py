@@ -408,7 +408,9 @@ def shrink_bank(
     classes: str | Sequence[str] | None = None,  # forget these classes, in all images
     calibrate: bool = True,  # choose the thresholds anew
 ) -> MemoryBank:  # the same bank
-    "Forget images or classes. Raises `AoiError` for a name that the bank does not have, and if nothing would be left."
+    "Forget images or classes. Raises `AoiError` if none are named, for a name that the bank does not have, and if nothing would be left."
+    if stem is None and device is None and classes is None:
+        raise AoiError(f"stem, device and classes are None; what is to be forgotten was expected: remove(classes={bank.classes[0]!r}).")
     keep = [True] * len(bank.images)
     if stem is not None or device is not None:
         keep = [not chosen for chosen in _chosen_images(bank, stem, device)]

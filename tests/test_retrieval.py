@@ -969,10 +969,22 @@ def test_names_that_are_not_there(bank):
         for ask in (bank.remove, bank.subset):
             with pytest.raises(AoiError, match=f"{[*which][0]} is {value}; a name, or a list of names"):
                 ask(**which)
-    for which, message in (({"device": "d001"}, "None of the 5 images"), ({"classes": CLASSES}, "No class would be left")):
+    for which, message in (({"device": "d001"}, "None of the 5 images"), ({"classes": CLASSES}, "No class would be left"),
+                           ({}, "to be forgotten was expected"), ({"calibrate": False}, "to be forgotten was expected")):
         with pytest.raises(AoiError, match=message):
             bank.remove(**which)
     assert len(bank.images) == 5 and bank.classes == list(CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "hiera"])
+def test_blocks_that_an_encoder_does_not_have_are_refused(dataset, pixels, kind):
+    from aoi_ssl.hiera import HieraEncoder
+
+    encoder = pixels if kind == "pixels" else HieraEncoder("hiera-nano", image_size=64)
+    for layers in (2, 99, (1, 2)):
+        with pytest.raises(AoiError, match=f"layers is .*{type(encoder).__name__} has no blocks to choose from"):
+            build_bank(dataset.select([0, 1]), encoder, method="paper", layers=layers)
+    assert build_bank(dataset.select([0, 1]), encoder, method="fast", calibrate=False).recipe.layers == 1 / 3
 
 
 @pytest.mark.parametrize("changes", [{}, {"halo": 0, "query_shifts": 4}, {"decoder": "mixture"}, {"centre": "window", "size": 32}])
