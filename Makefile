@@ -51,14 +51,25 @@ recipe: install-dev  ## the recipe of masked autoencoding, one thing changed at 
 weights-eval: install-dev  ## the encoders that ship against raw pixels and a random one; ARGS="--ship NAME RUN" replaces them, --fresh counts anew
 	@$(VENV)/bin/python tools/weights_eval.py $(ARGS)
 
-experiments: install-dev  ## execute the pages of experiments from kept counts; FRESH=1 measures all of them anew (hours)
-	@$(if $(FRESH),rm -rf $(addprefix nbs/experiments/results/,ablation fine_tuning labels novelty retrieval))
-	@$(if $(FRESH),$(MAKE) compare recipe weights-eval ARGS=--fresh && $(MAKE) bench-pretrain bench-retrieval ARGS=)
-	@$(if $(FRESH),for what in routing lists add; do $(VENV)/bin/python tools/bench_bank.py $$what || exit 1; done)
-	@cd nbs/experiments && for page in *.ipynb; do $(abspath $(VENV))/bin/jupyter nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.timeout=-1 "$$page" || exit 1; done
+# What is measured anew has a folder of its own, pictures included, so that nothing is read that was kept before. The same command goes on with a
+# run that was broken off; remove the folder to begin again. Counts of boards stay where there are no boards to count on.
+ANEW := build/fresh
+FRESH ?= $(wildcard $(ANEW))
+BOARDS := $(wildcard ../shared/data/deeppcb)
 
-bench-retrieval: install-dev  ## what a large bank costs: JSON, table and figure; ARGS="--encoder folder" for other keys than the shipped encoder's
+experiments: install-dev  ## execute the pages of experiments from kept counts; FRESH=1 measures all of them anew (hours), or goes on with that
+	@$(if $(FRESH),test -d $(ANEW) && echo "Goes on with $(ANEW)." || { find nbs/experiments/results -name '*.csv' \
+		$(if $(BOARDS),,! -name 'board*') -delete && mkdir -p $(ANEW); })
+	@$(if $(FRESH),$(MAKE) compare recipe ARGS="--work $(ANEW)/pretraining")
+	@$(if $(FRESH),$(MAKE) weights-eval ARGS="--work $(ANEW)/weights" && $(MAKE) bench-pretrain ARGS="--work $(ANEW)/bench_pretrain")
+	@$(if $(FRESH),$(MAKE) bench-retrieval ARGS="--cache $(ANEW)/bench_retrieval")
+	@$(if $(FRESH),for what in routing lists add; do \
+		$(VENV)/bin/python tools/bench_bank.py $$what --pictures $(ANEW)/runs/arena --cache $(ANEW)/bench_bank || exit 1; done)
+	@cd nbs/experiments && for page in *.ipynb; do $(if $(FRESH),AOI_RUNS="$(CURDIR)/$(ANEW)/runs") $(abspath $(VENV))/bin/jupyter nbconvert \
+		--to notebook --execute --inplace --ExecutePreprocessor.timeout=-1 "$$page" || exit 1; done
+	@$(if $(FRESH),rm -rf $(ANEW))
+
+bench-retrieval: install-dev  ## what a large bank costs: JSON, table and figure; ARGS="--encoder folder" for other keys, --fresh to measure again what is kept
 	@$(VENV)/bin/python tools/bench_retrieval.py $(ARGS)
 
 install:  ## make .venv and install aoi_ssl in it

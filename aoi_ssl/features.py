@@ -157,14 +157,15 @@ def with_layers(
     encoder: Encoder,  # whatever its kind
     layers: int | float | Sequence[int] | None,  # blocks by number, 1 is the first; how many; how deep; None: as they are
 ) -> Encoder:  # the same weights
-    "The encoder with other blocks concatenated. Raises `AoiError` if it has none to choose from."
-    if layers is None or (isinstance(layers, (int, float)) and not isinstance(encoder, ViTEncoder)):
+    "The encoder with other blocks concatenated. Raises `AoiError` for blocks that it does not have."
+    share = isinstance(layers, float) and 0 < layers < 1
+    if layers is None or (share and not isinstance(encoder, ViTEncoder)):
         return encoder
     if not isinstance(encoder, ViTEncoder):
-        raise AoiError(f"layers is {layers}, but a {type(encoder).__name__} has no blocks to choose from; None was "
-                       "expected. Leave layers out, or use a ViTEncoder.")
+        raise AoiError(f"layers is {layers}, but a {type(encoder).__name__} has no blocks to choose from; None, or a share of the depth "
+                       "as in the default recipe, was expected. Leave layers out, or use a ViTEncoder.")
     blocks = encoder.vit.config.num_hidden_layers
-    if isinstance(layers, float) and 0 < layers < 1:
+    if share:
         layers = [max(1, round(blocks * layers))]
     elif isinstance(layers, (int, float)):
         if layers not in range(1, blocks + 1):

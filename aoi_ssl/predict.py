@@ -278,6 +278,15 @@ def plain_thresholds(
     "The thresholds as they were chosen: 0.42, not the 0.41999998688697815 that a single-precision number holds."
     return [float(str(t)) for t in segmenter.thresholds.cpu().numpy()]
 
+# %% ../nbs/api/11_predict.ipynb #59f44ae8
+def _check_thresholds(where: str, classes: object, thresholds: object) -> None:
+    "Raise `AoiError` unless there are names, and a number from 0 to 1 for each."
+    share = lambda t: isinstance(t, int | float) and not isinstance(t, bool) and 0 <= t <= 1
+    both = isinstance(classes, list) and isinstance(thresholds, list) and len(classes) == len(thresholds)
+    if not (both and all(isinstance(name, str) for name in classes) and all(map(share, thresholds))):
+        raise AoiError(f"{where} has the thresholds {thresholds!r} and the classes {classes!r}; a list of names and a threshold for "
+                       "each class, a number from 0 to 1, were expected. Put such numbers there, or calibrate it again.")
+
 # %% ../nbs/api/11_predict.ipynb #fe8281ac
 def save_segmenter(
     segmenter: Segmenter,  # trained, whatever its kind
@@ -285,7 +294,8 @@ def save_segmenter(
     *,
     overwrite: bool = False,  # replace the folder if it has files
 ) -> None:
-    "Save a segmenter whole or not at all. Raises `AoiError` if the folder is not empty."
+    "Save a segmenter whole or not at all. Raises `AoiError` if the folder is not empty, or a threshold is none."
+    _check_thresholds(f"This {type(segmenter).__name__}", segmenter.classes, plain_thresholds(segmenter))
     with new_folder(folder, overwrite=overwrite) as aside:
         settings = segmenter._save(aside) or {}
         own = {"kind": segmenter.kind, "classes": segmenter.classes, "channels": segmenter.channels}
@@ -295,13 +305,6 @@ def save_segmenter(
 
 # %% ../nbs/api/11_predict.ipynb #e0987e0c
 _MODULES = {"bank": "aoi_ssl.retrieval", "upernet": "aoi_ssl.segment"}  # kind -> the module that defines it
-
-
-def _has_thresholds(classes: object, thresholds: object) -> bool:
-    "Whether a manifest has a list of names, and a number for each."
-    if not (isinstance(classes, list) and isinstance(thresholds, list) and len(classes) == len(thresholds)):
-        return False
-    return all(isinstance(name, str) for name in classes) and all(isinstance(t, int | float) and t == t for t in thresholds)
 
 
 def load_segmenter(
@@ -315,10 +318,9 @@ def load_segmenter(
         hint = hint if (folder / "encoder.json").is_file() else "Check the path."
         raise AoiError(f"{folder} has no segmenter.json; a folder saved by a segmenter was expected. {hint}")
     manifest = read_json(folder / "segmenter.json")
-    missing = [key for key in ("kind", "classes", "channels", "thresholds") if key not in manifest]
-    if missing or not _has_thresholds(manifest["classes"], manifest["thresholds"]):
-        what = missing or "a threshold for each class: a list of names and one of numbers"
-        raise AoiError(f"{folder / 'segmenter.json'} is damaged (missing: {what}). Restore it, or save it again.")
+    if missing := [key for key in ("kind", "classes", "channels", "thresholds") if key not in manifest]:
+        raise AoiError(f"{folder / 'segmenter.json'} is damaged (missing: {missing}). Restore it, or save it again.")
+    _check_thresholds(str(folder / "segmenter.json"), manifest["classes"], manifest["thresholds"])
     kind = manifest["kind"]
     if kind not in Segmenter._kinds and kind in _MODULES:
         importlib.import_module(_MODULES[kind])

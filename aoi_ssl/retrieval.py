@@ -408,7 +408,9 @@ def shrink_bank(
     classes: str | Sequence[str] | None = None,  # forget these classes, in all images
     calibrate: bool = True,  # choose the thresholds anew
 ) -> MemoryBank:  # the same bank
-    "Forget images or classes. Raises `AoiError` for a name that the bank does not have, and if nothing would be left."
+    "Forget images or classes. Raises `AoiError` if none are named, for a name that the bank does not have, and if nothing would be left."
+    if stem is None and device is None and classes is None:
+        raise AoiError(f"stem, device and classes are None; what is to be forgotten was expected: remove(classes={bank.classes[0]!r}).")
     keep = [True] * len(bank.images)
     if stem is not None or device is not None:
         keep = [not chosen for chosen in _chosen_images(bank, stem, device)]
@@ -525,19 +527,21 @@ def bank_frame(
     return table.join(pd.DataFrame(torch.cat(shown).cpu().numpy(), columns=bank.classes))
 
 # %% ../nbs/api/15_retrieval.ipynb #14872e6d
-_FACTS = ("classes", "channels", "recipe", "space", "size", "images")  # of the manifest; k, beta, mix and thresholds may be moved by hand
+_MEANING = ("classes", "channels", "recipe", "space", "size", "images")  # what manifests whose fingerprint is of "all" vouch for
+_FACTS = (*_MEANING, "method", "patches")  # of the manifest; k, beta, mix and thresholds may be moved by hand
 
 
 def bank_fingerprint(
     tensors: Mapping[str, Tensor],  # as they are saved
     manifest: Mapping,  # what is written beside them
 ) -> str:  # 16 hexadecimal digits
-    """Changes with any byte of any tensor, and with what they mean: classes, images, recipe.
+    """Changes with any byte of any tensor, and with what they mean: classes, images, recipe, all that the manifest says it is of.
 
     All is read. One core needs 0.03 s for 144 000 keys of 64 half-precision numbers and 0.07 s for 400 000, with masks and places 0.04
     and 0.12 s."""
     shapes = {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in tensors.items()}
-    return weight_hash({"tensors": shapes} | {name: manifest[name] for name in _FACTS}, tensors)
+    facts = _MEANING if manifest["fingerprint_of"] == "all" else manifest["fingerprint_of"]
+    return weight_hash({"tensors": shapes} | {name: manifest[name] for name in facts}, tensors)
 
 # %% ../nbs/api/15_retrieval.ipynb #16ea1f5a
 def _sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -569,7 +573,8 @@ def _save_bank(
     options = {name: getattr(bank, name) for name in ("k", "beta", "mix", "size")}
     recipe = {"method": recipe_name(bank.recipe), "recipe": asdict(bank.recipe), "space": bank.space.settings()}
     facts = recipe | options | {"classes": bank.classes, "channels": bank.channels, "patches": len(bank.keys), "images": bank.images}
-    return facts | {"encoder": bank.encoder.fingerprint(), "bank": bank_fingerprint(tensors, facts), "fingerprint_of": "all"}
+    facts |= {"encoder": bank.encoder.fingerprint(), "fingerprint_of": _FACTS}
+    return facts | {"bank": bank_fingerprint(tensors, facts)}
 
 # %% ../nbs/api/15_retrieval.ipynb #9648888f
 def _index_state(bank: MemoryBank) -> dict[str, Tensor]:
@@ -609,10 +614,14 @@ def _read_bank(folder: Path, manifest: Mapping) -> MemoryBank:
             f"{manifest['encoder']}. Put that encoder back, or build the bank anew with this one."
         )
     tensors = load_file(folder / "bank.safetensors")
+    if manifest["patches"] != (count := len(tensors["keys"])):
+        raise AoiError(f"{folder / 'segmenter.json'} says that patches is {manifest['patches']!r}; the bank beside it has {count}, which "
+                       "was expected. Copy both again.")
     found = bank_fingerprint(tensors, manifest) if "fingerprint_of" in manifest else _sampled_fingerprint(tensors)
     if found != manifest["bank"]:
         raise AoiError(f"{folder / 'bank.safetensors'} is not the one that segmenter.json was written with: together with its classes, "
-                       f"images and recipe its fingerprint is {found}; {manifest['bank']} was expected. Copy both again.")
+                       f"images and recipe its fingerprint is {found}; {manifest['bank']} was expected. Take back what was changed by hand "
+                       "(k, beta, mix and thresholds may be), or copy both again.")
     contents = {name: tensors[name] for name in BANK_TENSORS if name not in _MASKS}
     contents |= {name: MaskRows(tensors[f"{name}.number"], tensors[f"{name}.table"]) for name in _MASKS}
     options = {name: manifest[name] for name in ("k", "beta", "mix", "size")} | {"recipe": make_recipe("paper", **manifest["recipe"])}

@@ -122,8 +122,11 @@ def test_layers_share_the_weights():
     assert torch.allclose(both.encode(image)[..., 48:], vit.encode(image)) and with_layers(vit, 1) is vit
     with pytest.raises(AoiError, match="layers is 3"):
         with_layers(vit, 3)
-    with pytest.raises(AoiError, match="PixelEncoder has no blocks"):
-        with_layers(PixelEncoder(), [1])
+    for blocks in ([1], 1, 2, 99, 2.0, 0.0, -0.5):
+        with pytest.raises(AoiError, match="PixelEncoder has no blocks"):
+            with_layers(PixelEncoder(), blocks)
+    pixels = PixelEncoder()
+    assert with_layers(pixels, None) is pixels and with_layers(pixels, 1 / 3) is pixels, "as the default recipe asks for"
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------

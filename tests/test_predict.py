@@ -415,7 +415,7 @@ def test_loading_what_is_no_segmenter(tmp_path):
     good = {"kind": "test-bright", "classes": CLASSES, "channels": 2, "thresholds": [0.5, 0.5], "gain": 1}
     for change, message in [
         ({"kind": "quantum"}, "quantum.*known are.*bank.*upernet"),
-        ({"thresholds": [0.5]}, "damaged.*threshold for each class"),
+        ({"thresholds": [0.5]}, r"thresholds \[0.5\] and the classes.*threshold for each class, a number from 0 to 1"),
     ]:
         write_json(tmp_path / "s" / "segmenter.json", good | change)
         with pytest.raises(AoiError, match=message):

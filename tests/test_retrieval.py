@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
 from functools import partial
 
@@ -968,10 +969,22 @@ def test_names_that_are_not_there(bank):
         for ask in (bank.remove, bank.subset):
             with pytest.raises(AoiError, match=f"{[*which][0]} is {value}; a name, or a list of names"):
                 ask(**which)
-    for which, message in (({"device": "d001"}, "None of the 5 images"), ({"classes": CLASSES}, "No class would be left")):
+    for which, message in (({"device": "d001"}, "None of the 5 images"), ({"classes": CLASSES}, "No class would be left"),
+                           ({}, "to be forgotten was expected"), ({"calibrate": False}, "to be forgotten was expected")):
         with pytest.raises(AoiError, match=message):
             bank.remove(**which)
     assert len(bank.images) == 5 and bank.classes == list(CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "hiera"])
+def test_blocks_that_an_encoder_does_not_have_are_refused(dataset, pixels, kind):
+    from aoi_ssl.hiera import HieraEncoder
+
+    encoder = pixels if kind == "pixels" else HieraEncoder("hiera-nano", image_size=64)
+    for layers in (2, 99, (1, 2)):
+        with pytest.raises(AoiError, match=f"layers is .*{type(encoder).__name__} has no blocks to choose from"):
+            build_bank(dataset.select([0, 1]), encoder, method="paper", layers=layers)
+    assert build_bank(dataset.select([0, 1]), encoder, method="fast", calibrate=False).recipe.layers == 1 / 3
 
 
 @pytest.mark.parametrize("changes", [{}, {"halo": 0, "query_shifts": 4}, {"decoder": "mixture"}, {"centre": "window", "size": 32}])
@@ -1095,7 +1108,8 @@ def test_a_manifest_that_says_something_else_is_refused(tmp_path, bank):
     good = (tmp_path / "bank" / "segmenter.json").read_text()
     kept = json.loads(good)
     for changes in ({"classes": kept["classes"][::-1]}, {"images": kept["images"][::-1]}, {"recipe": kept["recipe"] | {"routes": 1}},
-                    {"images": [kept["images"][0] | {"device": "d9"}, *kept["images"][1:]]}, {"space": "x"}, {"size": 256}):
+                    {"images": [kept["images"][0] | {"device": "d9"}, *kept["images"][1:]]}, {"space": "x"}, {"size": 256},
+                    {"method": "aligned"}, {"method": "aligned", "fingerprint_of": kept["fingerprint_of"][:-2]}):
         rewritten(tmp_path / "bank", **changes)
         with pytest.raises(AoiError, match="together with its classes, images and recipe"):
             MemoryBank.load(tmp_path / "bank")
@@ -1107,10 +1121,38 @@ def test_a_manifest_that_says_something_else_is_refused(tmp_path, bank):
         (tmp_path / "bank" / "segmenter.json").write_text(good)
     rewritten(tmp_path / "bank", thresholds=[0.25, 0.75])  # what is chosen by hand is no part of it
     assert MemoryBank.load(tmp_path / "bank").thresholds.tolist() == [0.25, 0.75]
-    for thresholds in (["a", "b"], 0.5, [math.nan, 0.5]):
+    for thresholds in (["a", "b"], 0.5, [math.nan, 0.5], [9, 9], [-0.1, 0.5], [0.5], [0.5] * 3, [True, 0.5]):
         rewritten(tmp_path / "bank", thresholds=thresholds)
-        with pytest.raises(AoiError, match="damaged .*threshold for each class"):
+        with pytest.raises(AoiError, match=re.escape(f"has the thresholds {str(thresholds)[:6]}") + ".*from 0 to 1, were expected. Put"):
             MemoryBank.load(tmp_path / "bank")
+    (tmp_path / "bank" / "segmenter.json").write_text(good)
+    for changes, message in (({"patches": 7}, f"patches is 7; the bank beside it has {len(bank.keys)}, .* Copy both"), ({"k": 0}, "k is 0"),
+                             ({"beta": -1}, "beta is -1"), ({"mix": 2}, "mix is 2"), ({"channels": 3}, "channels")):
+        rewritten(tmp_path / "bank", **changes)
+        with pytest.raises(AoiError, match=message):
+            MemoryBank.load(tmp_path / "bank")
+        (tmp_path / "bank" / "segmenter.json").write_text(good)
+
+
+def test_a_bank_whose_fingerprint_is_of_all_still_opens(tmp_path, bank):
+    "As it was before the method and the number of patches were vouched for."
+    bank.save(tmp_path / "bank")
+    path = tmp_path / "bank" / "segmenter.json"
+    before = json.loads(path.read_text()) | {"fingerprint_of": "all"}
+    before["bank"] = retrieval.bank_fingerprint(load_file(tmp_path / "bank" / "bank.safetensors"), before)
+    path.write_text(json.dumps(before))
+    assert MemoryBank.load(tmp_path / "bank").keys.equal(bank.keys)
+    rewritten(tmp_path / "bank", size=256)
+    with pytest.raises(AoiError, match="together with its classes"):
+        MemoryBank.load(tmp_path / "bank")
+
+
+def test_a_threshold_that_could_not_be_loaded_is_not_saved(tmp_path, bank):
+    bank = bank.using()
+    bank.thresholds = torch.tensor([0.5, 1.5])
+    with pytest.raises(AoiError, match=r"This MemoryBank has the thresholds \[0.5, 1.5\]"):
+        bank.save(tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()
 
 
 def test_a_bank_saved_by_an_older_version_opens(tmp_path, bank, dataset):

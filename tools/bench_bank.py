@@ -1,6 +1,7 @@
 """What a bank costs in use: `routing` (a bank of many devices), `lists` (against exact search), `add` (one image more, and a prediction).
 
-Each writes a CSV into nbs/experiments/results/bench_retrieval, with its own command in the first column."""
+Each writes a CSV into nbs/experiments/results/bench_retrieval, with its own command in the first column. Parts of a run are kept, so that
+one that was broken off goes on; --fresh measures them again."""
 
 import argparse
 import time
@@ -144,7 +145,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "bench_bank", help="where parts of a run are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
+    parser.add_argument("--fresh", action="store_true", help="forget the parts that are kept")
     args = parser.parse_args()
+    for part in args.cache.glob(f"{args.what}-*.csv") if args.fresh else ():
+        part.unlink()
     torch.set_num_threads(args.threads)
     table = {"routing": routes, "lists": lists, "add": add}[args.what](Encoder.from_pretrained(args.encoder), args)
     args.out.mkdir(parents=True, exist_ok=True)

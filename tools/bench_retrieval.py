@@ -354,6 +354,8 @@ def kept_rows(file: Path, make: Callable[[], list[dict]]) -> list[dict]:
     "A table that is measured once, so that a run which was broken off goes on; delete the file to measure it anew."
     if not file.exists():
         write_json(file, make())
+    else:
+        print(f"{file} is kept from an earlier run; --fresh measures it again")
     return json.loads(file.read_text())
 
 
@@ -422,6 +424,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="numbers of a projected or whitened key")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--stage", default="all", help="only one of methods, curve, recall, reach, coreset, beside what is kept")
+    parser.add_argument("--fresh", action="store_true", help="measure the chosen stages again; keys are kept")
     parser.add_argument("--draw", action="store_true", help="only draw the figure of an existing JSON")
     args = parser.parse_args()
     figure = args.out.with_suffix(".png")
@@ -441,6 +444,9 @@ def main() -> None:
                   "reach": lambda: reaches(*few()), "coreset": lambda: coresets(*few())}
         size = {"curve": args.images}  # the others see the first 25 images alone
         files = {name: args.cache / f"{name}-{size.get(name, DEVICES * EACH)}.json" for name in stages}
+        for name in stages if args.fresh else ():
+            if args.stage in ("all", name):
+                files[name].unlink(missing_ok=True)
         chosen = [name for name in stages if args.stage in ("all", name) or files[name].exists()]
         result = {name: kept_rows(files[name], stages[name]) for name in chosen}
     if "methods" not in result:
