@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import AoiError
-from .data import ImageList, class_names, native_item
+from .data import ImageList, channel_count, class_names, native_item
 from .files import to_unit
 from .encoder import Encoder
 from .features import FeatureSpace, between_grids, embed, fit_space, grid_corner, grid_keys, in_bfloat16, layer_count
@@ -337,10 +337,11 @@ def estimate_bank(
     *,
     method: str | Recipe = "aligned",  # as for `build_bank`
     **changes: object,  # options of `Recipe`, as for `build_bank`
-) -> pd.DataFrame:  # a row per image: stem, device, encodings, patches, key_bytes, mask_bytes, search_bytes, bytes
+) -> pd.DataFrame:  # a row per image: stem, device, encodings, patches, key_bytes, mask_bytes, search_bytes, light_bytes, bytes
     """What a bank would take in memory, at most, if the labels are known all over.
 
-    Patches that are wholly ignored will be left out, beyond 16 grids those without an edge, and of equal masks all but one."""
+    Patches that are wholly ignored will be left out, beyond 16 grids those without an edge, and of equal masks all but one.
+    Images are counted with 16 bits."""
     recipe, p = make_recipe(method, **changes), encoder.patch_size
     dim, place = with_layers(encoder, recipe.layers).dim, 4 * (recipe.position == "append")
     length = min(recipe.whiten or dim, dim) + place
@@ -356,4 +357,6 @@ def estimate_bank(
     table["mask_bytes"] = masks * table["patches"]
     searched = 0 if recipe.granularity == "image" else index_bytes(total, length)
     table["search_bytes"] = -(-searched * table["patches"] // total)
-    return table.assign(bytes=table["key_bytes"] + table["mask_bytes"] + table["search_bytes"])
+    pixel = 2 * channel_count(dataset) * bool(recipe.refine)
+    table["light_bytes"] = [pixel * h * w for h, w in zip(dataset["height"], dataset["width"], strict=True)]
+    return table.assign(bytes=table.filter(like="_bytes").sum(axis=1))

@@ -1037,8 +1037,15 @@ def test_the_estimate_counts_what_the_search_takes(dataset, pixels, lists, monke
     table = estimate_bank(dataset, pixels, **{name: value for name, value in GRIDS.items() if name != "k"})
     bank.predict(dataset[0]["image"][None])
     assert 0 <= table["search_bytes"].sum() - (bank_index(bank).nbytes - bank.keys.nbytes) < len(table)
-    assert (table["bytes"] == table[["key_bytes", "mask_bytes", "search_bytes"]].sum(axis=1)).all()
+    assert (table["bytes"] == table[["key_bytes", "mask_bytes", "search_bytes", "light_bytes"]].sum(axis=1)).all()
     assert not estimate_bank(dataset, pixels, method="paper", granularity="image")["search_bytes"].any()
+
+
+def test_the_estimate_counts_the_images_that_a_bank_keeps(dataset, pixels):
+    for refine in (0, 2):
+        bank = build_bank(dataset, pixels, calibrate=False, method="paper", refine=refine)
+        kept = estimate_bank(dataset, pixels, method="paper", refine=refine)["light_bytes"].sum()
+        assert kept == 2 * sum(light.nbytes for light in bank.lights) and bool(kept) == bool(refine), "8 bits here, 16 are counted"
 
 
 def test_the_frame_has_a_row_a_patch(bank, dataset):
