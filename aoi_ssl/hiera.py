@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .augment import Augment
 from .core import AoiError
 from .crops import CropStore, open_crops
-from .data import channel_count
+from .data import channel_count, names_digest
 from .encoder import Encoder, quiet, sincos_positions
 from aoi_ssl.pretrain import (
     DRAWN_LR,
@@ -246,7 +246,8 @@ def pretrain_hiera(
         mae, masked_loss, masked_batches(crops, units, **sizes, processes=process.num_processes, augment=change), inner, dataset=dataset,
         crops=crops, config=config, batch_size=batch_size, augment=change, **plan, seed=seed, checkpoint=checkpoint, resume=resume,
         validate=None if validation is None else held_out_loss(validation, units, **sizes), patience=patience,
-        snapshots=snapshots, on_step=on_step, progress=progress, label="pre-training",
+        settings={"validation": validation and names_digest(validation)}, snapshots=snapshots, on_step=on_step, progress=progress,
+        label="pre-training",
     )
     result = PretrainedHiera(inner.to(mae.device).eval(), mae.eval(), history, kept)
     return finish_run(result, out, checkpoint, process, overwrite=overwrite)

@@ -477,7 +477,8 @@ def pretrain(
     change = Augment() if augment is True else augment or None
     history, kept = learn(
         mae, masked_loss, masked_batches(crops, inner, **sizes, processes=process.num_processes, augment=change), inner, dataset=dataset,
-        crops=crops, config=config, batch_size=batch_size, augment=change, settings={"start_from": str(start_from)}, **plan,
+        crops=crops, config=config, batch_size=batch_size, augment=change, **plan,
+        settings={"start_from": str(start_from), "validation": validation and names_digest(validation)},
         seed=seed, checkpoint=checkpoint, resume=resume,
         validate=None if validation is None else held_out_loss(validation, inner, **sizes), patience=patience,
         snapshots=snapshots, on_step=on_step, progress=progress, label="pre-training",

@@ -398,7 +398,8 @@ def finetune(
         checkpoint=checkpoint, resume=resume, seed=seed, warmup=warmup, validate=validate, validations=validations,
         patience=patience, precision=precision, report_to=report_to, after_step=following(model, on_step), images=total,
         epoch=epoch, snapshots=model.snapshots, progress=progress, label="fine-tuning",
-        settings={k: str(v) for k, v in (plan | rates).items()} | {"images": names_digest(dataset), "encoder": encoder.fingerprint()},
+        settings={k: str(v) for k, v in (plan | rates).items()} | {
+            "images": names_digest(dataset), "validation": validation and names_digest(validation), "encoder": encoder.fingerprint()},
     )
     calibration = validation if calibration is None else calibration
     return _finish(model, calibration, out, checkpoint, process, overwrite=overwrite)

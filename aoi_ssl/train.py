@@ -403,12 +403,14 @@ def fit(
     budget = parse_budget(budget)
     check_plan(budget, validate, validations, patience, precision, warmup=warmup, report_to=report_to)
     accelerator = _accelerator(report_to, checkpoint)
-    run = _Run({"budget": str(budget), "seed": seed, "warmup": warmup, "processes": accelerator.num_processes} | (settings or {}))
+    autocast = uses_bf16(precision, accelerator.device)
+    run = _Run({"budget": str(budget), "seed": seed, "warmup": warmup, "processes": accelerator.num_processes, "bf16": autocast,
+                "validations": validations * (validate is not None)} | (settings or {}))
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     if resume and checkpoint and Path(checkpoint).exists():
         run.load(Path(checkpoint), model, optimizer)
-    autocast, spent = uses_bf16(precision, accelerator.device), budget.progress(run.step, run.elapsed)
+    spent = budget.progress(run.step, run.elapsed)
     if progress and images and epoch and spent < 1.0:
         sizes = {"images": images, "epoch": epoch, "autocast": autocast, "spent": spent}
         accelerator.print(expectation(model, loss, batch, accelerator, budget=budget, **sizes))

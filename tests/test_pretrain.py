@@ -148,6 +148,8 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_unbroken_one(images, tmp_path):
     others = images.map(lambda row: {"stem": f"other_{row['stem']}"})
     with pytest.raises(AoiError, match="Resume with the same settings"):
         pretrain(others, out, resume=True, **options)
+    with pytest.raises(AoiError, match="Resume with the same settings"):
+        pretrain(images, out, resume=True, **(options | {"validation": images.select([1])}))
     resumed = pretrain(images, out, resume=True, **options)
     assert resumed.history.loss.equals(whole.history.loss)
     assert resumed.history.validation_loss.equals(whole.history.validation_loss)

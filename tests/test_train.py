@@ -114,8 +114,9 @@ def test_a_checkpoint_of_another_run_or_a_broken_one_is_refused(tmp_path):
     file = tmp_path / "run.checkpoint"
     model, optimizer = start()
     fit(model, loss, batch, optimizer, budget="5 steps", checkpoint=file, progress=False)
-    with pytest.raises(AoiError, match="belongs to a run"):
-        fit(model, loss, batch, optimizer, budget="5 steps", seed=1, checkpoint=file, resume=True, progress=False)
+    for other in ({"seed": 1}, {"precision": "bf16"}, {"validate": lambda model: {"score": 0.0}}):
+        with pytest.raises(AoiError, match="belongs to a run"):
+            fit(model, loss, batch, optimizer, budget="5 steps", checkpoint=file, resume=True, progress=False, **other)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(AoiError, match="cannot be read"):
         fit(model, loss, batch, optimizer, budget="5 steps", checkpoint=file, resume=True, progress=False)
