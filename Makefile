@@ -12,7 +12,7 @@ VENV ?= .venv
 export VENV PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs bench bench-retrieval bench-pretrain compare recipe weights-eval experiments install install-dev prepare readme clean
+.PHONY: help demo test docs bench bench-retrieval bench-pretrain compare recipe weights-eval experiments images install install-dev prepare readme clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -71,6 +71,9 @@ experiments: install-dev  ## execute the pages of experiments from kept counts; 
 
 bench-retrieval: install-dev  ## what a large bank costs: JSON, table and figure; ARGS="--encoder folder" for other keys, --fresh to measure again what is kept
 	@$(VENV)/bin/python tools/bench_retrieval.py $(ARGS)
+
+images: install-dev  ## the pictures in nbs/images that no notebook draws, the widgets in headless Chromium; ARGS=new_device or widgets for some
+	@$(VENV)/bin/python tools/make_images.py $(ARGS)
 
 install:  ## make .venv and install aoi_ssl in it
 	@tools/install.sh base
