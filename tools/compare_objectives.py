@@ -41,13 +41,13 @@ class Study:
 
 STUDIES = {
     "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera", "pixels,random,pixels-p8,random-p8", 30, 3),
-    "longer": Study("mae,dino,ibot", "pixels,random,aoi-mae-tiny", 300, 3, (0.1, 0.25, 0.5, 1.0)),
+    "longer": Study("mae,dino,ibot", "pixels,random,aoi-mae-tiny", 300, 2, (0.1, 0.25, 0.5, 1.0)),
     "recipe": Study(
         "default,mask 0.5,mask 0.85,patch 8,raw targets,decoder 64,decoder 256,no augmentation,6 devices,budget / 4,budget x 4",
         "pixels,random", 30, 2, (1.0,)),
     "adapt": Study("scratch,adapted,adapted fast,adapted in a fifth", "pixels,random,aoi-mae-tiny", 30, 2,
                    (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)),
-    "boards": Study("scratch,adapted,adapted in a fifth", "pixels,random,aoi-mae-tiny", 120, 2, (0.2, 1.0),
+    "boards": Study("scratch,adapted,adapted in a fifth", "pixels,random,aoi-mae-tiny", 120, 1, (0.2, 1.0),
                     ("retrieval", "aligned", "probe"), BOARDS, DEFECTS, 5, 2),
 }  # fmt: skip
 
