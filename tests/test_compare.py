@@ -80,6 +80,7 @@ def test_the_table_that_is_kept_has_all_that_its_study_names(tool, name):
         shares = study.shares[-1:] if recipe.own.get("patch_size") == 8 or run == "hiera" else study.shares
         assert {(run, seed, share) for seed in range(min(study.seeds, recipe.seeds)) for share in shares} <= judged
     assert {(run, 0, 0.0) for run in study.baselines.split(",")} <= judged
+    assert tool.missing(tool.Table(tool.options([]).out / f"{name}.csv"), tool.options([f"--study={name}"])) == ([], [])
 
 
 def test_a_folder_is_parted_by_device(tool, tmp_path):

@@ -466,15 +466,38 @@ def given(args, study: Study) -> tuple:
     return (images, store_images(images, cell=args.crop)), first(last, study.labelled + args.queries)
 
 
-def baselines(judge: Judge, table: Table, store, args) -> None:
-    "The rows of encoders that are not trained here."
-    for name in filter(None, args.baselines.split(",")):
-        for seed in range(args.seeds if name.startswith("random") else 1):
-            if not table.has(name, seed):
-                given = {"channels": judge.images.shape[1], "preset": args.encoder, "crop": args.crop}
-                encoder = baseline(name, **given, mean=store.mean, std=store.std, seed=seed)
-                row = {"run": name, "seed": seed, "share": 0, "steps": 0, "seconds": 0}
-                table.add(row | judge(encoder) | {"machine": machine(judge.device)})
+def missing(table: Table, args) -> tuple[list, list]:
+    "What the table lacks: encoders that are not trained here and runs, each by name and seed."
+    names, untaught = ([name for name in listed.split(",") if name] for listed in (args.runs, args.baselines))
+    once = [(name, seed) for name in untaught for seed in range(args.seeds if name.startswith("random") else 1)]
+    runs = [(name, seed) for seed in range(args.seeds) for name in names if seed < RECIPES[name].seeds]
+    return tuple([job for job in jobs if not table.has(*job)] for jobs in (once, runs))
+
+
+def judge_untaught(name: str, seed: int, judge: Judge, table: Table, store, args) -> None:
+    "The row of an encoder that is not trained here."
+    same = {"channels": judge.images.shape[1], "preset": args.encoder, "crop": args.crop}
+    encoder = baseline(name, **same, mean=store.mean, std=store.std, seed=seed)
+    row = {"run": name, "seed": seed, "share": 0, "steps": 0, "seconds": 0}
+    table.add(row | judge(encoder) | {"machine": machine(judge.device)})
+
+
+def fill(table: Table, args) -> None:
+    "Make the rows that the table lacks; where it lacks none, not even a picture is rendered."
+    untaught, runs = missing(table, args)
+    if not (untaught or runs):
+        return
+    study = STUDIES[args.study]
+    learn, validation = given(args, study) if study.data else rendered(args)
+    judge = Judge(validation, labelled=study.labelled, device=args.device, scores=study.scores)
+    print(f"{len(learn[0])} images to learn from, {len(validation)} to judge on; {machine(args.device)}", flush=True)
+    for name, seed in untaught:
+        judge_untaught(name, seed, judge, table, learn[1], args)
+    if args.device == "cuda":  # what is compiled and loaded on first use is not part of anybody's budget
+        for name in dict(runs):
+            judge(run(name, learn, 0, args, "3 steps", []).encoder)
+    for name, seed in runs:
+        train(name, learn, judge, table, seed, args)
 
 
 def main() -> None:
@@ -488,20 +511,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.fresh:
         (args.out / f"{args.study}.csv").unlink(missing_ok=True)
-    study = STUDIES[args.study]
-    learn, validation = given(args, study) if study.data else rendered(args)
     table = Table(args.out / f"{args.study}.csv")
-    judge = Judge(validation, labelled=study.labelled, device=args.device, scores=study.scores)
-    print(f"{len(learn[0])} images to learn from, {len(validation)} to judge on; {machine(args.device)}", flush=True)
-    baselines(judge, table, learn[1], args)
-    names = [name for name in args.runs.split(",") if name]
-    if args.device == "cuda":  # what is compiled and loaded on first use is not part of anybody's budget
-        for name in names:
-            judge(run(name, learn, 0, args, "3 steps", []).encoder)
-    for seed in range(args.seeds):
-        for name in names:
-            if seed < RECIPES[name].seeds and not table.has(name, seed):
-                train(name, learn, judge, table, seed, args)
+    fill(table, args)
     print(f"\n{summary(table.rows)}\n\nIn {table.path}.")
 
 
