@@ -199,12 +199,13 @@ def other_device_counts(
     parts = {name: by_device(part) for name, part in data.items()}
     if both := sorted(set(by_device(bank)).intersection(*parts.values())):
         raise AoiError(f"{both[0]} is in the bank and among the devices to be tested; other devices were expected. Take it out of one.")
-    most = {n: concatenate_datasets([_without(d, bank.select([]), tests) for d in part.values()]) for n, part in parts.items()}
+    first = lambda devices: concatenate_datasets([images.select(range(len(images))[:tests]) for images in devices.values()])
+    asked = {name: first(devices) for name, devices in parts.items()}
     frames = []
     for encoder in tqdm(encoders, "other devices", unit="encoder", disable=not progress):
         with remembered_encodings():
             for method, options in methods.items():
-                made = _counts_of(bank, encoders[encoder], options, most, cache)
+                made = _counts_of(bank, encoders[encoder], options, asked, cache)
                 frames.append(made.assign(encoder=encoder, method=method, seed=0, labels=len(bank)))
     return pd.concat(frames, ignore_index=True)
 

@@ -1,24 +1,18 @@
 "The benchmark of pre-training: the rival is a fair one, and the parts of a step add up."
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from from_tools import load_tool, needs_tools
 
 from aoi_ssl.crops import store_images
 from aoi_ssl.data import channel_stats, load_folder
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "bench_pretrain.py"
-pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="needs the source tree")
+pytestmark = needs_tools
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("bench_pretrain", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("bench_pretrain")
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,18 @@
 "The comparison of objectives: judged alike, and nothing is lost when it is killed."
 
 import csv
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from from_tools import load_tool, needs_tools
 
-ROOT = Path(__file__).resolve().parent.parent
-TOOL = ROOT / "tools" / "compare_objectives.py"
-
-pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="needs the source tree")
+pytestmark = needs_tools
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("compare_objectives", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("compare_objectives")
 
 
 def test_the_probe_finds_what_is_linear(tool):

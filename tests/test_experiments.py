@@ -3,12 +3,12 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from from_tools import ROOT, load_tool
 
 pytestmark = pytest.mark.skipif(not (ROOT / "Makefile").exists() or not shutil.which("make"), reason="needs the source tree and make")
 
@@ -79,12 +79,7 @@ def test_otherwise_the_pages_are_executed_from_what_is_kept(tree):
 
 @pytest.mark.parametrize(("arguments", "steps"), [([], 0), (["--fresh"], 1)])
 def test_parts_of_a_bench_are_measured_again_where_that_is_asked(tmp_path, monkeypatch, arguments, steps):
-    import importlib.util
-    import sys
-
-    spec = importlib.util.spec_from_file_location("bench_bank", ROOT / "tools" / "bench_bank.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = load_tool("bench_bank")
     measured = []
     part = lambda cache, what: bench.kept_frame(cache / f"{what}-8.csv", lambda: measured.append(what) or pd.DataFrame({"s": [2.0]}))
     monkeypatch.setattr(bench, "routes", lambda encoder, args: part(args.cache, "routing"))

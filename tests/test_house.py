@@ -1,7 +1,6 @@
 "What the house promises: a light import, honest requirements, documented verbs, tools that notice what they are for."
 
 import ast
-import importlib.util
 import io
 import json
 import os
@@ -13,6 +12,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from from_tools import load_tool
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -29,18 +29,6 @@ def settings() -> dict[str, str]:
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
     return dict(config["DEFAULT"])
-
-
-def tool(name: str):
-    "A module of tools/, which is no package."
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
 
 
 def pins() -> dict[str, str]:
@@ -167,7 +155,7 @@ def test_what_modules_share_is_public(path):
 def test_no_registry_host():
     "Packages are named, never the hosts they come from: an index is the user's choice (TORCH_INDEX, pip's settings)."
     names = ("py" "pi.org", "python" "hosted.org", "py" "torch.org/whl", "npm" "js.org", "deb" "ian.org/debian")
-    for file in tool("tree").source_files():
+    for file in load_tool("tree").source_files():
         text = (ROOT / file).read_bytes().decode("utf-8", "ignore")
         assert not [name for name in names if name in text], file
 
@@ -274,7 +262,7 @@ def test_broken_links_are_found(tmp_path):
     page = '<a href="b.html">b</a><a href="b.html#there">x</a><a href="#here">y</a><p id="here"><img src="data:," alt="one black dot">'
     (tmp_path / "a.html").write_text(page)
     (tmp_path / "b.html").write_text('<h2 id="there">b</h2><a href="https://example.org">outside is allowed</a>')
-    check_site = tool("check_links").check_site
+    check_site = load_tool("check_links").check_site
     assert check_site(tmp_path) == []
     faulty = '<a href="gone.html"></a><a href="b.html#gone"></a><img src="gone.png" alt="a lost picture"><a href="/b.html"></a>'
     (tmp_path / "c.html").write_text(faulty)
@@ -291,13 +279,13 @@ def test_broken_links_are_found(tmp_path):
 
 def test_docs_load_nothing_from_elsewhere():
     page = '<link rel="stylesheet" href="https://example.org/k.css"><script src="https://example.org/k.js"></script>'
-    offline = tool("build_docs").offline
+    offline = load_tool("build_docs").offline
     assert offline(page) == ""
     assert "<math" in offline(r'<span class="math inline">\(s_j / \sum_i s_i\)</span>')
 
 
 def test_readme_links_start_at_the_root():
-    relink = tool("make_readme").relink
+    relink = load_tool("make_readme").relink
     text = "[a](tutorials/a.ipynb) ![b](images/b.png) [c](https://example.org) [d](#d)\n```\n[e](f)\n```"
     assert relink(text, "nbs") == text.replace("(tut", "(nbs/tut").replace("(im", "(nbs/im")
 
@@ -307,7 +295,7 @@ def test_nothing_is_lost_after_a_title(tmp_path):
     path = tmp_path / "a.ipynb"
     cell = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# title\n\n> idea\n\nMore."}
     path.write_text(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
-    tool("build_docs").split_title(path)
+    load_tool("build_docs").split_title(path)
     assert [c["source"] for c in json.loads(path.read_text())["cells"]] == ["# title\n\n> idea", "More."]
 
 

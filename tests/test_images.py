@@ -1,30 +1,22 @@
 "The pictures that no notebook draws: each is made by tools/make_images.py, from a scene that there is."
 
-import importlib.util
-from pathlib import Path
-
 import pandas as pd
 import pytest
+from from_tools import ROOT, TOOLS, load_tool, needs_tools
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-TOOL = ROOT / "tools" / "make_images.py"
-
-pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="needs the source tree")
+pytestmark = needs_tools
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("make_images", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("make_images")
 
 
 def test_every_picture_is_made(tool):
     there = {path.stem for path in tool.IMAGES.glob("*.png")}
     assert there == {"new_device", *(f"widget_{name}" for name in tool.PICTURES)}, "a picture that nothing makes, or one that was not made"
-    scenes = TOOL.read_text() + (ROOT / "tests" / "test_browser_widgets.py").read_text()
+    scenes = (TOOLS / "make_images.py").read_text() + (ROOT / "tests" / "test_browser_widgets.py").read_text()
     for shot in tool.PICTURES.values():
         assert scenes.count(f'"{shot}"') == 2, f"no scene takes {shot}"  # besides the table of pictures
 

@@ -461,7 +461,7 @@ def given(args, study: Study) -> tuple:
 
     whole = concatenate_datasets(list(load_folder(study.data, classes=list(study.classes)).values()))
     learn = list(by_device(whole).values())
-    first = lambda parts, most: concatenate_datasets([part.select(range(min(most, len(part)))) for part in parts])
+    first = lambda parts, most: concatenate_datasets([part.select(range(len(part))[:most]) for part in parts])
     images, last = first(learn[:-args.validation_devices], args.images), learn[-args.validation_devices:]
     return (images, store_images(images, cell=args.crop)), first(last, study.labelled + args.queries)
 
