@@ -6,7 +6,8 @@ import json
 import re
 
 import pytest
-from test_house import NOTEBOOKS, ROOT, tool
+from from_tools import load_tool
+from test_house import NOTEBOOKS, ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / "settings.ini").exists(), reason="needs the source tree")
 
@@ -37,7 +38,7 @@ def faults(cells: list[dict]) -> list[str]:
     "Pictures of a notebook without words, with words that fit any picture, or with the words of another one."
     found, seen = [], set()
     for c in (c for c in cells if c["cell_type"] == "code"):
-        for words in tool("build_docs").picture_words(c):
+        for words in load_tool("build_docs").picture_words(c):
             where = f"{words!r} under {''.join(c['source'])[-60:]!r}"
             if len(words.split()) < 5 or GENERIC.search(words):
                 found.append(f"no description: {where}. Give the cell a `#| fig-alt:` line (CONTRIBUTING.md)")
@@ -69,7 +70,7 @@ def test_a_picture_without_words_is_found(cells, count):
 
 
 def test_the_line_of_the_cell_wins_over_what_the_output_says():
-    words = tool("build_docs").picture_words
+    words = load_tool("build_docs").picture_words
     given = '#| slow\n#| fig-alt: "IoU: 0.5, \\"wide\\" # and more"\nplot()'
     assert words(cell(given, picture("<Figure>"))) == ['IoU: 0.5, "wide" # and more'] == words(cell(given, picture("Said by itself.")))
     assert words(cell("plot()", picture("Said by itself."), printed("1"))) == ["Said by itself."]
@@ -81,7 +82,7 @@ def test_words_reach_the_page(tmp_path):
 
     given = cell('#| fig-alt: "A curve: it <falls>"\nplot()', picture("<Figure>"))
     path = saved(tmp_path / "a.ipynb", given, cell("handle", picture('Held: "row 3", <wire>.')), cell("plot()", picture("<Figure>")))
-    docs = tool("build_docs")
+    docs = load_tool("build_docs")
     docs.write_picture_words(path)
     page = docs.offline(to_markdown(path.read_text())[1])
     assert re.findall(r'<img alt="([^"]*)" src=', page) == ["A curve: it &lt;falls&gt;", "Held: &quot;row 3&quot;, &lt;wire&gt;."]
@@ -89,7 +90,7 @@ def test_words_reach_the_page(tmp_path):
 
 
 def test_the_built_site_is_searched_for_pictures_without_words(tmp_path):
-    check_site = tool("check_links").check_site
+    check_site = load_tool("check_links").check_site
     (tmp_path / "a.html").write_text('<img src="data:," alt="Loss over steps, falling">')
     assert check_site(tmp_path) == []
     (tmp_path / "a.html").write_text('<img src="data:,a"><img src="data:,b" alt=""><img src="data:,c" alt="A figure">')
@@ -102,20 +103,20 @@ def test_a_picture_that_is_too_wide_for_a_phone_is_known(size, strip):
 
     Image.new("L", size).save(file := io.BytesIO(), "PNG")
     page = f'<p><img alt="a" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" class="img-fluid"></p>'
-    assert ("img-fluid strip" in tool("build_docs").offline(page)) == strip
+    assert ("img-fluid strip" in load_tool("build_docs").offline(page)) == strip
 
 
 def test_what_a_cell_printed_is_one_text(tmp_path):
     "A kernel may send it in pieces; warnings and pictures between them stay where they are."
     pieces = [printed("a\n"), printed("b\n"), printed("note\n", "stderr"), printed("c\n"), picture("x"), printed("d\n")]
     path = saved(tmp_path / "a.ipynb", cell("f()", *pieces))
-    tool("build_docs").join_streams(path)
+    load_tool("build_docs").join_streams(path)
     outputs = json.loads(path.read_text())["cells"][0]["outputs"]
     assert ["".join(o.get("text", "picture")) for o in outputs] == ["a\nb\n", "note\n", "c\n", "picture", "d\n"]
 
 
 def test_a_table_of_sentences_is_told_from_one_of_figures():
-    offline = tool("build_docs").offline
+    offline = load_tool("build_docs").offline
     table = '<table border="1" class="dataframe"><tr><td>%s</td><td>0.1</td></tr></table>'
     assert '"words dataframe"' in offline(table % "Add the missing file, or remove the other")
     assert offline(table % "acme/d7000/im000") == table % "acme/d7000/im000"
