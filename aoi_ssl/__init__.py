@@ -16,6 +16,7 @@ _PUBLIC = {  # name: the module that defines it
     "few_shot": "data",
     "pretrain": "pretrain",
     "pretrain_hiera": "hiera",
+    "pretrain_contrastive": "contrastive",
     "distill": "distill",
     "build_bank": "retrieval",
     "empty_bank": "retrieval",

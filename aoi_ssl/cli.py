@@ -170,7 +170,9 @@ def check(
         raise typer.Exit(1)
 
 # %% ../nbs/api/25_cli.ipynb #648b1c96
-_OBJECTIVES = {"mae": "pretrain", "dino": "distill", "ibot": "distill", "hiera": "pretrain_hiera"}  # objective: verb
+_OBJECTIVES = {  # objective: verb
+    "mae": "pretrain", "contrastive": "pretrain_contrastive", "dino": "distill", "ibot": "distill", "hiera": "pretrain_hiera",
+}  # fmt: skip
 
 
 def _objective(
@@ -185,7 +187,8 @@ def _objective(
     verb, given = getattr(aoi_ssl, _OBJECTIVES[name]), {n: value for n, value in options.items() if value is not None}
     if wrong := [n for n in given if n not in inspect.signature(verb).parameters]:
         option = {"start_from": "--from"}.get(wrong[0], f"--{wrong[0].replace('_', '-')}")
-        raise AoiError(f"{option} is no option of --objective {name}. Leave it out, or choose --objective mae.")
+        having = [n for n, other in _OBJECTIVES.items() if wrong[0] in inspect.signature(getattr(aoi_ssl, other)).parameters]
+        raise AoiError(f"{option} is no option of --objective {name}. Leave it out, or choose --objective {' or '.join(having)}.")
     if name == "hiera" and "encoder" in given:
         given["encoder"] = f"hiera-{given['encoder']}"
     return verb, given | ({"objective": name} if verb is aoi_ssl.distill else {})
@@ -196,7 +199,8 @@ def _objective(
 def pretrain(
     folder: Folder,
     out: Out = Path("runs/encoder"),
-    objective: Annotated[str, typer.Option(help="What it learns by: mae, dino, ibot or hiera.")] = "mae",
+    objective: Annotated[str, typer.Option(help="What it learns by: mae, contrastive, dino, ibot or hiera.")] = "mae",
+    twins: Annotated[Path | None, typer.Option(help="Folder of the same pictures under other light (contrastive).")] = None,
     encoder: Annotated[str | None, typer.Option(help="Preset: tiny or small; tiny, or that of --from.")] = None,
     budget: Budget = "5m",
     validation: Annotated[str | None, typer.Option(help="Split to hold out: its loss chooses the weights (dino, ibot: it is "
@@ -220,10 +224,12 @@ def pretrain(
     "Pre-train an encoder on the images of a folder, without those held out; labels are not read."
     verb, options = _objective(objective, {
         "encoder": encoder, "budget": budget, "patience": patience, "crop": crop, "patch_size": patch_size, "batch_size": batch_size,
-        "base_lr": base_lr, "start_from": start_from, "precision": precision, "report_to": _names(report_to)})
+        "base_lr": base_lr, "start_from": start_from, "twins": twins, "precision": precision, "report_to": _names(report_to)})
     images = _images(folder, reading, split=split, without=(validation,))
     if validation is not None:
         options["validation"] = _images(folder, reading, split=validation)
+    if twins is not None:
+        options["twins"] = _images(twins, reading, split=split, without=(validation,))
     result = verb(images, out, **options, seed=seed, resume=resume, overwrite=overwrite)
     typer.echo(f"{len(result.history)} steps, last loss {result.history.loss.iloc[-1]:.4f}; encoder written to {out}.")
 

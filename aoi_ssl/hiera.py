@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .augment import Augment
 from .core import AoiError
-from .crops import CropStore, open_crops
+from .crops import CropStore, open_crops, store_images
 from .data import channel_count, names_digest
 from .encoder import Encoder, quiet, sincos_positions
 from aoi_ssl.pretrain import (
@@ -241,11 +241,12 @@ def pretrain_hiera(
     crops = open_crops(dataset, crops, process, cell=crop, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     mae = new_hiera(config, model=HieraForPreTraining, seed=seed)
     inner, units = (HieraEncoder(mae.hiera, mean=crops.mean, std=crops.std, stages=n).to(process.device) for n in (stages, (3,)))
+    held_out = None if validation is None else masked_batches(store_images(validation, cell=crop), units, **sizes)
     change = Augment() if augment is True else augment or None
     history, kept = learn(
         mae, masked_loss, masked_batches(crops, units, **sizes, processes=process.num_processes, augment=change), inner, dataset=dataset,
         crops=crops, config=config, batch_size=batch_size, augment=change, **plan, seed=seed, checkpoint=checkpoint, resume=resume,
-        validate=None if validation is None else held_out_loss(validation, units, **sizes), patience=patience,
+        validate=held_out_loss(masked_loss, held_out), patience=patience,
         settings={"validation": validation and names_digest(validation)}, snapshots=snapshots, on_step=on_step, progress=progress,
         label="pre-training",
     )

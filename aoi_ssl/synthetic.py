@@ -9,7 +9,7 @@ __all__ = ['Drift', 'Pose', 'draw_frame', 'draw_board', 'draw_fiducials', 'Place
 # %% ../nbs/api/03_synthetic.ipynb #4a51121f
 import math
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
@@ -474,8 +474,10 @@ def _write(job: tuple) -> None:
         Image.fromarray(bits).save(path.parent / "masks" / f"{path.name}.png", compress_level=1)
 
 # %% ../nbs/api/03_synthetic.ipynb #d6673fd6
-def _drifts(drift: float | Drift | tuple[float, float], device: int, image: int) -> Drift:
-    "The drift of one picture: as given, or drawn from a range."
+def _drifts(drift: float | Drift | tuple[float, float] | Callable, device: int, image: int) -> Drift:
+    "The drift of one picture: as given, as a function gives it, or drawn from a range."
+    if callable(drift):
+        return drift(device, image)
     if isinstance(drift, Drift):
         return drift
     if isinstance(drift, (tuple, list)):
@@ -508,7 +510,7 @@ def render_folder(
     size: int | tuple[int, int] = 512,  # in pixels, or (height, width)
     bits: int = 8,  # 8 or 16
     seed: int = 0,  # another seed, other devices: device seeds are 1000 * seed, 1000 * seed + 1 ...
-    drift: float | Drift | tuple[float, float] = 0.0,  # 0 .. 1, of every picture; or a range, drawn for each picture and kind
+    drift: float | Drift | tuple[float, float] | Callable = 0.0,  # 0 .. 1; a range to draw each kind from; (device seed, image) -> Drift
     makers: str = "named",  # "named": those of MAKERS take turns; "drawn": every device has a maker of its own
     workers: int = 1,  # processes; the bytes do not depend on it
     overwrite: bool = False,  # replace a folder that is not empty

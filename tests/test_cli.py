@@ -129,6 +129,7 @@ def test_the_whole_way_from_command_to_command(folder, tmp_path, monkeypatch):
         ["--from", "aoi-mae-small", "--crop", "64"],
         ["--objective", "dino", "--encoder", "nano", "--crop", "32"],
         ["--objective", "hiera", "--encoder", "nano", "--crop", "32"],
+        ["--objective", "contrastive", "--encoder", "nano", "--crop", "32"],
     ],
     ids=lambda words: words[1],
 )
@@ -152,8 +153,9 @@ def test_every_objective_and_going_on_from_an_encoder_write_one_that_opens(folde
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--objective", "gan"], "--objective is 'gan'; one of mae, dino, ibot, hiera"),
-        (["--objective", "ibot", "--from", "aoi-mae-tiny"], "--from is no option of --objective ibot"),
+        (["--objective", "gan"], "--objective is 'gan'; one of mae, contrastive, dino, ibot, hiera"),
+        (["--objective", "ibot", "--from", "aoi-mae-tiny"], "no option of --objective ibot. Leave it out, or choose --objective mae or"),
+        (["--twins", "."], "--twins is no option of --objective mae. Leave it out, or choose --objective contrastive."),
         (["--objective", "hiera", "--patch-size", "8"], "--patch-size is no option of --objective hiera"),
         (["--from", "aoi-mae-tiny", "--encoder", "small"], "encoder is 'small', but the weights of aoi-mae-tiny have encoder 'tiny'"),
         (["--from", "aoi-mae-tiny", "--patch-size", "8"], "patch_size is 8, but the weights of aoi-mae-tiny have patch_size 16"),
@@ -167,7 +169,7 @@ def test_an_objective_without_the_option_says_so(folder, tmp_path, words, messag
     assert result.exit_code == 2 and message in result.output
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino", "hiera"])
+@pytest.mark.parametrize("objective", ["mae", "contrastive", "dino", "hiera"])
 def test_every_option_reaches_every_objective(folder, tmp_path, monkeypatch, objective):
     "As it was given, and nothing that was not given; the images that are held out are not learned from."
     given, verb = {}, cli._OBJECTIVES[objective]
@@ -184,6 +186,18 @@ def test_every_option_reaches_every_objective(folder, tmp_path, monkeypatch, obj
     expected = {"batch_size": 8, "base_lr": 1e-3, "precision": "bf16", "report_to": ["wandb", "mlflow"], "patience": 3, "budget": "5m"}
     expected |= {"out": tmp_path / "out", "seed": 0, "resume": False, "overwrite": False}
     assert given == expected | ({"objective": "dino"} if objective == "dino" else {})
+
+
+def test_twins_are_the_same_pictures_of_another_folder(folder, tmp_path, monkeypatch):
+    given = {}
+
+    def note(images, out, **options):
+        given.update(options, images=images)
+        raise AoiError("far enough")
+
+    monkeypatch.setattr(aoi, "pretrain_contrastive", functools.wraps(aoi.pretrain_contrastive)(note))
+    aoi_command("pretrain", folder, "--objective", "contrastive", "--twins", folder, "--validation", "new", "-o", tmp_path / "out")
+    assert list(given["twins"]["stem"]) == list(given["images"]["stem"])
 
 
 def test_images_for_thresholds_and_for_choosing_are_not_trained_on(folder, tmp_path, monkeypatch):

@@ -10,47 +10,71 @@ import argparse
 import os
 from pathlib import Path
 
-RECIPES = {  # what `pretrain` is called with
-    "aoi-mae-small": {"encoder": "small", "patch_size": 16, "crop": 224, "batch_size": 512, "base_lr": 7.5e-4},
-    "aoi-mae-tiny": {"encoder": "tiny", "patch_size": 16, "crop": 224, "batch_size": 512, "base_lr": 1e-3},
+RECIPES = {  # the verb, and what it is called with
+    "aoi-mae-small": ("pretrain", {"encoder": "small", "patch_size": 16, "crop": 224, "batch_size": 512, "base_lr": 7.5e-4}),
+    "aoi-mae-tiny": ("pretrain", {"encoder": "tiny", "patch_size": 16, "crop": 224, "batch_size": 512, "base_lr": 1e-3}),
+    "aoi-contrastive-tiny": ("pretrain_contrastive", {"start_from": "aoi-mae-tiny", "crop": 224, "layers": (2, 6), "precision": "bf16"}),
 }
 SIZES = {20: 384, 21: 512, 22: 704}  # seed of the devices -> side of their pictures
 
 
+def drifted(device: int, image: int):
+    "Another drift in each picture, of each kind."
+    import numpy as np
+
+    from aoi_ssl.core import step_seed
+    from aoi_ssl.synthetic import Drift
+
+    return Drift.draw(0, 1, np.random.default_rng(step_seed(device, 8, image)))
+
+
+def undrifted(device: int, image: int):
+    "Of the drift of a picture only what moves its patches, so that patch and patch can be compared."
+    from dataclasses import replace
+
+    return replace(drifted(device, image), light=0, focus=0, material=0)
+
+
 def render(data: Path, workers: int, devices: int, images: int) -> None:
-    "One folder for each picture size."
+    "For each picture size a folder of drifted pictures, and one of their undrifted twins."
     from aoi_ssl.synthetic import render_folder
 
-    for seed, size in SIZES.items():
-        render_folder(data / f"size{size}", devices=0, new_devices=0, pretrain_devices=devices, images=images, calibration=0,
-                      size=size, seed=seed, drift=(0, 1), makers="drawn", workers=workers, progress=True)  # fmt: skip
+    for part, drift in {"images": drifted, "twins": undrifted}.items():
+        for seed, size in SIZES.items():
+            render_folder(data / part / f"size{size}", devices=0, new_devices=0, pretrain_devices=devices, images=images, calibration=0,
+                          size=size, seed=seed, drift=drift, makers="drawn", workers=workers, progress=True)  # fmt: skip
 
 
-def images_of(data: Path):
-    "All training images, as one dataset."
+def images_of(data: Path, part: str):
+    "All pictures of a part, as one dataset."
     from datasets import concatenate_datasets
 
     from aoi_ssl.data import load_folder
 
-    return concatenate_datasets([load_folder(folder)["pretrain"] for folder in sorted(data.glob("size*"))])
+    return concatenate_datasets([load_folder(folder)["pretrain"] for folder in sorted((data / part).glob("size*"))])
 
 
 def decode(data: Path) -> None:
-    "Decode the images once, for all runs that follow."
+    "Decode the pictures once, for all runs that follow."
     from aoi_ssl.crops import store_images
 
-    print(store_images(images_of(data), data / "crops", cell=224))
+    for part in ("images", "twins"):
+        print(store_images(images_of(data, part), data / "crops" / part, cell=224))
 
 
-def train(name: str, data: Path, out: Path, budget: str, seed: int) -> None:
+def train(name: str, data: Path, out: Path, budget: str, seed: int, resume: bool) -> None:
     "Pre-train one encoder, by the recipe of its name."
+    import aoi_ssl
     from aoi_ssl.augment import Augment
     from aoi_ssl.crops import CropStore
-    from aoi_ssl.pretrain import pretrain
 
-    crops = CropStore(data / "crops") if (data / "crops").is_dir() else None
+    images, *twins = (CropStore(data / "crops" / part) for part in ("images", "twins"))
+    verb, options = RECIPES[name]
+    if verb == "pretrain_contrastive":
+        options = options | {"twins": twins[0]}
     change = Augment(contrast=0.5, gamma=0.5, binary=0.05)
-    result = pretrain(images_of(data), out, crops=crops, budget=budget, augment=change, seed=seed, overwrite=True, **RECIPES[name])
+    result = getattr(aoi_ssl, verb)(images_of(data, "images"), out, crops=images, budget=budget, augment=change, seed=seed, resume=resume,
+                                    overwrite=True, **options)
     history = result.history
     print(f"{name}: {len(history)} steps, loss {history.loss.tail(100).mean():.4f}, {history.seconds.iloc[-1]:.0f} s")
 
@@ -71,6 +95,7 @@ def main() -> None:
     verb.add_argument("out", type=Path)
     verb.add_argument("--budget", default="5m")
     verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     options = vars(parser.parse_args())
     {"render": render, "decode": decode, "train": train}[options.pop("verb")](**options)
 
