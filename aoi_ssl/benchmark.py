@@ -8,6 +8,7 @@ __all__ = ['VARIANCE', 'ABLATION', 'arena', 'by_device', 'short_names', 'rivals'
            'ablation_for']
 
 # %% ../nbs/api/22_benchmark.ipynb #5ad025f3
+import copy
 import hashlib
 import json
 import time
@@ -85,7 +86,9 @@ def rivals(
     same = {"mean": encoder.mean.tolist(), "std": encoder.std.tolist()}
     found = {"raw pixels": PixelEncoder(channels=encoder.channels, patch_size=encoder.patch_size, **same)}
     if isinstance(encoder, ViTEncoder):
-        found["random encoder"] = ViTEncoder(new_vit(encoder.vit.config, seed=seed), layers=encoder.layers, **same)
+        config = copy.deepcopy(encoder.vit.config)
+        config.compared_layers = None  # no block of it has learned to compare
+        found["random encoder"] = ViTEncoder(new_vit(config, seed=seed), layers=encoder.layers, **same)
     return found
 
 # %% ../nbs/api/22_benchmark.ipynb #b95bc080

@@ -92,7 +92,7 @@ def patch_info_nce(
     second: Tensor,  # (B, N, D) of another view
     patches: Tensor,  # (2, B, N) int64: which patch each of them shows
     *,
-    temperature: float = 0.1,  # that cosines are divided by
+    temperature: float = 0.05,  # that cosines are divided by
 ) -> Tensor:  # scalar, nats: how hard a patch is to find among all of the other views, both ways
     """Cross-entropy of finding the same patch (InfoNCE, van den Oord et al. 2018).
 
@@ -113,17 +113,16 @@ class PatchMatcher(nn.Module):
         self,
         vit: nn.Module,  # a ViTMAEModel; trained in place
         *,
-        layers: Sequence[int],  # blocks whose embeddings are compared, each for itself; 1 is the first
+        layer: int,  # block whose embeddings are compared, 1 is the first
         temperature: float,  # see `patch_info_nce`
     ):
         super().__init__()
-        self.vit, self.layers, self.temperature = vit, list(layers), temperature
+        self.vit, self.layer, self.temperature = vit, layer, temperature
 
     def forward(self, batch: dict) -> Tensor:
-        "Mean over the layers of how hard the patches of a batch of `paired_batches` are to find."
-        found = block_outputs(self.vit, batch["pixels"].flatten(0, 1), self.layers)
-        losses = [patch_info_nce(*f.flatten(1, 2).chunk(2), batch["patches"], temperature=self.temperature) for f in found]
-        return torch.stack(losses).mean()
+        "How hard the patches of a batch of `paired_batches` are to find."
+        (found,) = block_outputs(self.vit, batch["pixels"].flatten(0, 1), [self.layer])
+        return patch_info_nce(*found.flatten(1, 2).chunk(2), batch["patches"], temperature=self.temperature)
 
 # %% ../nbs/api/10_contrastive.ipynb #0c0ffef1
 @dataclass
@@ -177,15 +176,15 @@ def _start(dataset, asked: dict, start_from, crop: int | None, reach: int | None
     return config, reach, old
 
 # %% ../nbs/api/10_contrastive.ipynb #0c0ffef5
-def _matcher(config, crops: CropStore, old: ViTEncoder | None, seed: int, device, layers, temperature: float) -> tuple:
-    "The encoder to train, and what trains it."
+def _matcher(config, crops: CropStore, old: ViTEncoder | None, seed: int, device, temperature: float) -> tuple:
+    "The encoder to train, with the statistics of its images or those of the encoder to go on from, and what trains it."
     vit = new_vit(config, seed=seed)
     if old is not None:
         vit.load_state_dict(without_positions(old.vit.state_dict()), strict=False)
-    about = {"mean": crops.mean, "std": crops.std} if old is None else {"mean": old.mean, "std": old.std, "layers": old.layers}
-    encoder = ViTEncoder(vit, **about).to(device)
-    matched = ViTEncoder(vit, layers=encoder.layers if layers is None else layers).layers
-    return encoder, PatchMatcher(vit, layers=matched, temperature=temperature)
+    mean, std = (crops.mean, crops.std) if old is None else (old.mean, old.std)
+    vit.config.compared_layers = [config.num_hidden_layers]
+    encoder = ViTEncoder(vit, mean=mean, std=std).to(device)
+    return encoder, PatchMatcher(vit, layer=config.num_hidden_layers, temperature=temperature)
 
 
 def _match(model: PatchMatcher, batch: dict) -> Tensor:
@@ -217,8 +216,7 @@ def pretrain_contrastive(
     reach: int | None = None,  # patches, how far the corners of two views may lie apart; None: two sevenths of a view
     patch_size: int | None = None,  # pixels per patch and side; None: 16, or that of `start_from`
     batch_size: int = 16,  # pairs, of each process: a patch is told from those of the other pairs in its process
-    temperature: float = 0.1,  # that cosines are divided by
-    layers: Sequence[int] | None = None,  # blocks that are trained to match; None: those that the encoder concatenates, the last one
+    temperature: float = 0.05,  # that cosines are divided by
     base_lr: float = CONTRASTIVE_LR,  # for a batch of 256; at 16 it is 5e-4
     weight_decay: float = 0.05,  # on matrices and kernels
     warmup: float = 0.05,  # share of the budget
@@ -248,13 +246,13 @@ def pretrain_contrastive(
     check_run(dataset, size=region, batch_size=batch_size, **plan, validation=validation, patience=patience)
     crops = open_crops(dataset, crops, process, cell=region, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
     change, other = CHANGES if augment is True else augment or None, _open_twins(twins, crops, cell=region)
-    inner, model = _matcher(config, crops, old, seed, process.device, layers, temperature)
+    inner, model = _matcher(config, crops, old, seed, process.device, temperature)
     held_out = None if validation is None else paired_batches(store_images(validation, cell=region), inner, **sizes, augment=change)
     history, kept = learn(
         model, _match, paired_batches(crops, inner, twins=other, **sizes, processes=process.num_processes, augment=change), inner,
         dataset=dataset, crops=crops, config=config, batch_size=batch_size, augment=change, **plan,
         settings={"start_from": str(start_from), "validation": validation and names_digest(validation), "twins": twins is not None,
-                  "reach": reach, "layers": model.layers, "temperature": temperature},
+                  "reach": reach, "temperature": temperature},
         seed=seed, checkpoint=checkpoint, resume=resume, validate=held_out_loss(_match, held_out), patience=patience,
         snapshots=snapshots, on_step=on_step, progress=progress, label="contrastive",
     )

@@ -166,7 +166,7 @@ def with_layers(
                        "as in the default recipe, was expected. Leave layers out, or use a ViTEncoder.")
     blocks = encoder.vit.config.num_hidden_layers
     if share:
-        layers = [max(1, round(blocks * layers))]
+        layers = getattr(encoder.vit.config, "compared_layers", None) or [max(1, round(blocks * layers))]
     elif isinstance(layers, (int, float)):
         if layers not in range(1, blocks + 1):
             raise AoiError(f"layers is {layers}; 1 to {blocks} blocks, their numbers, or a share of the depth were expected.")

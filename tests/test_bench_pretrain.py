@@ -48,3 +48,5 @@ def test_the_parts_of_a_step_add_up_and_the_warm_up_does_not_count(tool):
     watch.spent = {"data": [7.0, 7.0, 0.1, 0.1], "forward": [7.0, 7.0, 0.2, 0.1], "optimiser": [0.0, 0.0, 0.05, 0.05]}
     parts = {"data_ms": 100.0, "forward_ms": 150.0, "optimiser_ms": 50.0, "backward and the rest_ms": 200.0}
     assert watch.table() == {"step_ms": 500.0} | parts
+    watch.walls = [0.0, 5.0, 6.0, 7.0]  # on the wall one a second
+    assert watch.on_the_wall() == tool.BATCH

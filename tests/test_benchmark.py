@@ -16,12 +16,14 @@ from aoi_ssl.benchmark import (
     method_costs,
     other_device_counts,
     remembered_encodings,
+    rivals,
     short_names,
     worst_images,
 )
 from aoi_ssl.core import AoiError
 from aoi_ssl.data import few_shot
 from aoi_ssl.encoder import PixelEncoder, ViTEncoder
+from aoi_ssl.features import with_layers
 from aoi_ssl.predict import evaluate
 from aoi_ssl.remember import make_recipe
 from aoi_ssl.retrieval import build_bank
@@ -46,6 +48,13 @@ def test_the_drifted_pictures_are_of_the_same_devices(data):
     assert {name: len(part) for name, part in by_device(plain).items()} == dict.fromkeys(sorted(set(by_device(plain))), 4)
     with pytest.raises(AoiError, match="no device nowhere"):
         by_device(plain, ["nowhere"])
+
+
+def test_a_random_encoder_is_read_as_one_that_has_not_learned_to_compare():
+    learned = ViTEncoder("nano")
+    learned.vit.config.compared_layers = [2]
+    random = rivals(learned)["random encoder"]
+    assert with_layers(learned, 1 / 3).layers == [2] and with_layers(random, 1 / 3).layers == [1]
 
 
 def test_counts_are_those_of_banks_built_by_hand(data, counts):

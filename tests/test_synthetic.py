@@ -253,6 +253,27 @@ def test_folder_keeps_the_data_contract(tmp_path):
     assert len([p for p in out.rglob("[!.]*") if p.is_file()]) == 16 * 2 + 10 + 2
 
 
+def test_twins_are_pictures_of_the_same_places_under_another_drift(tmp_path):
+    "A function gives the drift of each picture; what does not move a patch leaves its mask where it was."
+
+    def drifted(device, image, light=1.0):
+        return Drift(light=light, focus=light, material=light, scale=device % 2, rotation=image / 2)
+
+    parts = dict(devices=2, images=3, new_devices=0, calibration=0, **SMALL)
+    render_folder(tmp_path / "drifted", drift=drifted, **parts)
+    render_folder(tmp_path / "twins", drift=lambda device, image: drifted(device, image, light=0.0), **parts)
+    for name in ("d000/im001", "d001/im002"):
+        found = {}
+        for part in ("drifted", "twins"):
+            (path,) = (tmp_path / part).glob(f"*/{name}_buffer0.png")
+            mask = path.parent / "masks" / f"{path.name.removesuffix('_buffer0.png')}.png"
+            found[part] = np.asarray(Image.open(path)), np.asarray(Image.open(mask))
+        (a, where), (b, there) = found.values()
+        np.testing.assert_array_equal(where, there)
+        assert np.abs(a.astype(int) - b).max() > 10
+    assert pd.read_csv(tmp_path / "twins/meta.csv")["drift"].tolist() == [0, 0.5, 1, 1, 1, 1]
+
+
 def test_processes_write_the_same_bytes(tmp_path):
     one = render_folder(tmp_path / "one", devices=1, images=3, new_devices=1, **SMALL)
     two = render_folder(tmp_path / "two", devices=1, images=3, new_devices=1, workers=2, **SMALL)

@@ -1,12 +1,15 @@
 "Weights of the package: a byte a weight, found by name, and better than what they must beat."
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from from_tools import load_tool, needs_tools
 from safetensors.torch import load_file
 
+import aoi_ssl
 from aoi_ssl.core import AoiError
 from aoi_ssl.encoder import Encoder
 from aoi_ssl.pretrain import load_pretrained
@@ -84,3 +87,35 @@ def test_damaged_weights_are_refused(tmp_path):
     save_file(tensors, folder / PACKED)
     with pytest.raises(AoiError, match="not those that its encoder.json describes"):
         Encoder.from_pretrained(folder)
+
+
+# --- how they are made ---
+
+
+@needs_tools
+def test_recipes_are_options_of_the_verbs_that_they_name():
+    tool = load_tool("make_weights")
+    for verb, options in tool.RECIPES.values():
+        assert set(options) <= set(inspect.signature(getattr(aoi_ssl, verb)).parameters)
+    assert set(tool.RECIPES) >= set(shipped_encoders())
+
+
+@needs_tools
+def test_twins_lie_where_their_pictures_lie_and_do_not_drift():
+    tool = load_tool("make_weights")
+    for device, image in (20_000, 0), (21_003, 5):
+        drifted, twin = tool.drifted(device, image), tool.undrifted(device, image)
+        assert (drifted.scale, drifted.rotation) == (twin.scale, twin.rotation) and drifted.light > 0
+        assert twin.light == twin.focus == twin.material == 0
+
+
+@needs_tools
+def test_the_pictures_are_those_of_a_range_of_drift(tmp_path):
+    from aoi_ssl.synthetic import render_folder
+
+    tool = load_tool("make_weights")
+    small = {"devices": 0, "new_devices": 0, "pretrain_devices": 1, "images": 2, "calibration": 0, "size": 64, "progress": False}
+    for name, drift in {"range": (0, 1), "function": tool.drifted}.items():
+        render_folder(tmp_path / name, drift=drift, **small)
+    for path in (tmp_path / "range").rglob("*.png"):
+        assert path.read_bytes() == (tmp_path / "function" / path.relative_to(tmp_path / "range")).read_bytes()

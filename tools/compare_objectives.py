@@ -1,6 +1,6 @@
 """Pre-training on equal terms: the same images, crops and CPU seconds, judged on devices that none of the runs saw.
 
-    python tools/compare_objectives.py                  # masked autoencoding, DINO, iBOT and Hiera
+    python tools/compare_objectives.py                  # masked autoencoding, DINO, iBOT, Hiera, pairs of patches
     python tools/compare_objectives.py --study longer   # the first three, for ten times as long
     python tools/compare_objectives.py --study recipe   # one thing changed at a time
     python tools/compare_objectives.py --study adapt    # going on from the shipped encoder against starting from scratch
@@ -40,7 +40,8 @@ class Study:
 
 
 STUDIES = {
-    "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera", "pixels,random,pixels-p8,random-p8", 30, 3),
+    "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera,contrastive,contrastive-twins",
+                        "pixels,random,pixels-p8,random-p8", 30, 3),
     "longer": Study("mae,dino,ibot", "pixels,random,aoi-mae-tiny", 300, 2, (0.1, 0.25, 0.5, 1.0)),
     "recipe": Study(
         "default,mask 0.5,mask 0.85,patch 8,raw targets,decoder 64,decoder 256,no augmentation,6 devices,budget / 4,budget x 4",
@@ -99,6 +100,12 @@ def _distill(dataset, **options):
     return distill(dataset, **scaled(distill, options))
 
 
+def _contrastive(dataset, **options):
+    from aoi_ssl.contrastive import pretrain_contrastive
+
+    return pretrain_contrastive(dataset, **scaled(pretrain_contrastive, options))
+
+
 def _hiera(dataset, *, encoder, **options):
     from aoi_ssl.hiera import pretrain_hiera
 
@@ -125,6 +132,7 @@ class Recipe:
     budget: float = 1.0  # times that of the others
     devices: int | None = None  # the first so many to learn from; None: all
     seeds: int = 3  # at most
+    twins: bool = False  # also learn from the same pictures without drift of light, focus and material
 
 
 SHIPPED = "aoi-mae-tiny"
@@ -134,6 +142,8 @@ RECIPES = {
     "dino": Recipe(_distill, {"objective": "dino"}),
     "ibot": Recipe(_distill, {"objective": "ibot"}),
     "dino-dropped": Recipe(_distill, {"objective": "dino", "lights": "dropped"}, seeds=2),
+    "contrastive": Recipe(_contrastive),
+    "contrastive-twins": Recipe(_contrastive, twins=True),
     "dino-repeated": Recipe(_distill, {"objective": "dino", "lights": "repeated"}),
     "ibot-dropped": Recipe(_distill, {"objective": "ibot", "lights": "dropped"}),
     "dino-cls": Recipe(_distill, {"objective": "dino", "pool": "cls"}),
@@ -352,7 +362,8 @@ def run(name: str, learn, seed: int, args, budget: str, kept: list):
     recipe = RECIPES[name]
     if recipe.devices is not None:
         dataset, store = first_devices(dataset, recipe.devices, args.crop)
-    common = {
+    common = {"twins": undrifted(args)} if recipe.twins else {}
+    common |= {
         "encoder": args.encoder,
         "crop": args.crop,
         "batch_size": args.batch_size,
@@ -437,18 +448,35 @@ def rendered(args) -> tuple:
     from aoi_ssl.data import load_folder
     from aoi_ssl.synthetic import render_folder
 
-    name = f"{args.devices}x{args.images}-{args.size}-{args.drift}"
-    learn, judge = (
-        args.work / f"learn-{name}",
-        args.work / f"judge-{args.validation_devices}x{args.queries}-{args.size}-{args.drift}",
-    )
-    common = {"size": args.size, "drift": args.drift, "workers": args.workers, "devices": 0, "progress": False}
-    if not learn.exists():
-        render_folder(learn, pretrain_devices=args.devices, new_devices=0, images=args.images, seed=11, **common)
+    judge = args.work / f"judge-{args.validation_devices}x{args.queries}-{args.size}-{args.drift}"
     if not judge.exists():
-        render_folder(judge, new_devices=args.validation_devices, images=3 + args.queries, seed=12, **common)
-    images = load_folder(learn)["pretrain"]
+        render_folder(judge, new_devices=args.validation_devices, images=3 + args.queries, seed=12, size=args.size, drift=args.drift,
+                      workers=args.workers, devices=0, progress=False)  # fmt: skip
+    images = to_learn_from(args, "learn", args.drift)
     return (images, store_images(images, cell=args.crop)), next(iter(load_folder(judge).values()))
+
+
+def to_learn_from(args, part: str, drift):
+    "Pictures without labels, rendered once."
+    from aoi_ssl.data import load_folder
+    from aoi_ssl.synthetic import render_folder
+
+    folder = args.work / f"{part}-{args.devices}x{args.images}-{args.size}-{args.drift}"
+    if not folder.exists():
+        render_folder(folder, devices=0, new_devices=0, pretrain_devices=args.devices, images=args.images, seed=11, size=args.size,
+                      drift=drift, workers=args.workers, progress=False)  # fmt: skip
+    return load_folder(folder)["pretrain"]
+
+
+def undrifted(args):
+    "The pictures to learn from once more, without drift of light, focus and material: the twins of each."
+    from dataclasses import replace
+
+    from aoi_ssl.crops import store_images
+    from aoi_ssl.synthetic import Drift
+
+    twins = to_learn_from(args, "twins", replace(Drift.of(args.drift), light=0, focus=0, material=0))
+    return store_images(twins, cell=args.crop)
 
 
 def given(args, study: Study) -> tuple:

@@ -13,7 +13,7 @@ from pathlib import Path
 RECIPES = {  # the verb, and what it is called with
     "aoi-mae-small": ("pretrain", {"encoder": "small", "patch_size": 16, "crop": 224, "batch_size": 512, "base_lr": 7.5e-4}),
     "aoi-mae-tiny": ("pretrain", {"encoder": "tiny", "patch_size": 16, "crop": 224, "batch_size": 512, "base_lr": 1e-3}),
-    "aoi-contrastive-tiny": ("pretrain_contrastive", {"start_from": "aoi-mae-tiny", "crop": 224, "layers": (2, 6), "precision": "bf16"}),
+    "aoi-contrastive-tiny": ("pretrain_contrastive", {"start_from": "aoi-mae-tiny", "crop": 224, "precision": "bf16"}),
 }
 SIZES = {20: 384, 21: 512, 22: 704}  # seed of the devices -> side of their pictures
 

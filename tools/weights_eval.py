@@ -26,7 +26,7 @@ def encoders(names: list[str]) -> dict:
     from aoi_ssl.encoder import Encoder
 
     found = {name: Encoder.from_pretrained(name) for name in names}
-    return found | rivals(found[names[0]])
+    return found | rivals(Encoder.from_pretrained("aoi-mae-small"))
 
 
 def counts_of(names: list[str], data: dict, **options):
@@ -59,14 +59,26 @@ def on_boards(names: list[str], work: Path, *, boards: int):
     return counts_of(names, {"boards": whole}, devices=devices, labels=5, tests=4, cache=work / "counts")
 
 
+def finished(run: Path):
+    "What a run has written, whatever its objective."
+    import pandas as pd
+
+    from aoi_ssl.contrastive import PretrainedContrastive
+    from aoi_ssl.encoder import Encoder
+    from aoi_ssl.pretrain import holds_autoencoder, load_pretrained
+
+    if holds_autoencoder(run):
+        return load_pretrained(run)
+    return PretrainedContrastive(Encoder.from_pretrained(run), pd.read_csv(run / "history.csv"))
+
+
 def ship(name: str, run: Path, work: Path, *, devices: int) -> None:
     "Pack a run and put it in the place of the shipped encoder, if it segments the validation devices better under drift."
     from aoi_ssl.benchmark import few_shot_table
-    from aoi_ssl.pretrain import load_pretrained
     from aoi_ssl.weights import SHIPPED
 
     packed, target = work / "packed" / name, SHIPPED / name
-    load_pretrained(run).save(packed, packed=True, overwrite=True)
+    finished(run).save(packed, packed=True, overwrite=True)
     if target.exists():
         table = few_shot_table(on_devices([str(packed), name], work, devices=devices, seed=CHOOSE))
         means = table.xs("aligned", level="method")[["new devices", "drift 0.5", "drift 1"]].mean(axis=1)
