@@ -41,7 +41,7 @@ class Study:
 
 STUDIES = {
     "objectives": Study("mae,dino,ibot,dino-dropped,mae-p8,hiera,contrastive,contrastive-twins",
-                        "pixels,random,pixels-p8,random-p8", 30, 3),
+                        "pixels,random,pixels-p8,random-p8,random-hiera", 30, 3),
     "longer": Study("mae,dino,ibot", "pixels,random,aoi-mae-tiny", 300, 2, (0.1, 0.25, 0.5, 1.0)),
     "recipe": Study(
         "default,mask 0.5,mask 0.85,patch 8,raw targets,decoder 64,decoder 256,no augmentation,6 devices,budget / 4,budget x 4",
@@ -166,7 +166,7 @@ RECIPES = {
     "adapted fast": Recipe(_mae, {"start_from": SHIPPED, "rate": 6.0}),
     "adapted in a fifth": Recipe(_mae, {"start_from": SHIPPED}, budget=0.2),
 }
-BASELINES = ("pixels", "pixels-p8", "random", "random-p8", SHIPPED)
+BASELINES = ("pixels", "pixels-p8", "random", "random-p8", "random-hiera", SHIPPED)
 
 
 def baseline(name: str, *, channels: int, preset: str, crop: int, mean, std, seed: int):
@@ -175,6 +175,10 @@ def baseline(name: str, *, channels: int, preset: str, crop: int, mean, std, see
 
     if name == SHIPPED:
         return Encoder.from_pretrained(name)
+    if name == "random-hiera":
+        from aoi_ssl.hiera import HieraEncoder
+
+        return HieraEncoder(f"hiera-{preset}", channels=channels, image_size=crop, mean=mean, std=std, seed=seed)
     common = {"channels": channels, "patch_size": 8 if name.endswith("-p8") else 16, "mean": mean, "std": std}
     if name.startswith("pixels"):
         return PixelEncoder(**common)
