@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import AoiError
+from .core import AoiError, real_number, whole_number
 from .data import ImageList, channel_count, class_names, native_item
 from .files import to_unit
 from .encoder import Encoder
@@ -148,12 +148,9 @@ def check_numbers(
     mix: float = 0.0,  # share of the regression
 ) -> None:
     "Raise `AoiError` for a number that is out of range."
-    if not (isinstance(k, int) and k >= 1):
-        raise AoiError(f"k is {k!r}; a whole number of neighbours from 1 up was expected. Try k=5.")
-    if not beta > 0:
-        raise AoiError(f"beta is {beta!r}; a temperature above 0 was expected. Try beta=0.1.")
-    if not 0 <= mix <= 1:
-        raise AoiError(f"mix is {mix!r}; a share from 0 to 1 was expected. Try mix=0.2.")
+    whole_number("k", k, 1)
+    real_number("beta", beta, above=True)
+    real_number("mix", mix, 0, 1)
 
 # %% ../nbs/api/13_remember.ipynb #74355618
 def turned(

@@ -408,8 +408,8 @@ def shrink_bank(
     calibrate: bool = True,  # choose the thresholds anew
 ) -> MemoryBank:  # the same bank
     "Forget images or classes. Raises `AoiError` if none are named, for a name that the bank does not have, and if nothing would be left."
-    if stem is None and device is None and classes is None:
-        raise AoiError(f"stem, device and classes are None; what is to be forgotten was expected: remove(classes={bank.classes[0]!r}).")
+    if all(names is None or (isinstance(names, (list, tuple)) and not names) for names in (stem, device, classes)):
+        raise AoiError(f"stem, device and classes name nothing; what is to be forgotten was expected: remove(classes={bank.classes[0]!r}).")
     keep = [True] * len(bank.images)
     if stem is not None or device is not None:
         keep = [not chosen for chosen in _chosen_images(bank, stem, device)]

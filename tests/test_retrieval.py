@@ -968,7 +968,7 @@ def test_names_that_are_not_there(bank):
             with pytest.raises(AoiError, match=f"{[*which][0]} is {value}; a name, or a list of names"):
                 ask(**which)
     for which, message in (({"device": "d001"}, "None of the 5 images"), ({"classes": CLASSES}, "No class would be left"),
-                           ({}, "to be forgotten was expected"), ({"calibrate": False}, "to be forgotten was expected")):
+                           ({}, "to be forgotten"), ({"stem": []}, "to be forgotten"), ({"calibrate": False}, "to be forgotten")):
         with pytest.raises(AoiError, match=message):
             bank.remove(**which)
     assert len(bank.images) == 5 and bank.classes == list(CLASSES)
