@@ -1,10 +1,12 @@
 """The encoders that ship with the package: render the training images, pre-train, and compare with the shipped ones.
 
     python tools/make_weights.py render runs/weights/data
+    python tools/make_weights.py decode runs/weights/data
     python tools/make_weights.py train aoi-mae-small runs/weights/data runs/weights/aoi-mae-small --budget 5m
 
-Training devices have makers of their own (`drawn_maker`), in three picture sizes, each picture with its own drift; the five
-named makers, on which everything else in this project is measured, are never seen."""
+Several processes share a run by `accelerate launch --multi_gpu --num_processes 2 tools/make_weights.py train ...`; --resume goes on
+with one that was stopped. Training devices have makers of their own (`drawn_maker`), in three picture sizes, each picture with its own
+drift; the five named makers, on which everything else in this project is measured, are never seen."""
 
 import argparse
 import os
@@ -64,6 +66,8 @@ def decode(data: Path) -> None:
 
 def train(name: str, data: Path, out: Path, budget: str, seed: int, resume: bool) -> None:
     "Pre-train one encoder, by the recipe of its name."
+    from accelerate import PartialState
+
     import aoi_ssl
     from aoi_ssl.augment import Augment
     from aoi_ssl.crops import CropStore
@@ -76,7 +80,8 @@ def train(name: str, data: Path, out: Path, budget: str, seed: int, resume: bool
     result = getattr(aoi_ssl, verb)(images_of(data, "images"), out, crops=images, budget=budget, augment=change, seed=seed, resume=resume,
                                     overwrite=True, **options)
     history = result.history
-    print(f"{name}: {len(history)} steps, loss {history.loss.tail(100).mean():.4f}, {history.seconds.iloc[-1]:.0f} s")
+    if PartialState().is_main_process:
+        print(f"{name}: {len(history)} steps, loss {history.loss.tail(100).mean():.4f}, {history.seconds.iloc[-1]:.0f} s")
 
 
 def main() -> None:
