@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['shift_offsets', 'grid_corner', 'grid_windows', 'embed', 'between_grids', 'WindowLayout', 'window_layout', 'recentre',
-           'with_layers', 'layer_count', 'has_fast_bfloat16', 'in_bfloat16', 'Step', 'Balance', 'Centre', 'Whiten',
-           'Steady', 'cosine_basis', 'Unplace', 'Place', 'FeatureSpace', 'restore_space', 'fit_space', 'grid_keys',
-           'sample_embeddings', 'drift_light', 'sample_drifted']
+           'compared_layers', 'has_learned_to_compare', 'with_layers', 'layer_count', 'has_fast_bfloat16',
+           'in_bfloat16', 'Step', 'Balance', 'Centre', 'Whiten', 'Steady', 'cosine_basis', 'Unplace', 'Place',
+           'FeatureSpace', 'restore_space', 'fit_space', 'grid_keys', 'sample_embeddings', 'drift_light',
+           'sample_drifted']
 
 # %% ../nbs/api/12_features.ipynb #8624ab6b
 from collections.abc import Callable, Mapping, Sequence
@@ -153,6 +154,21 @@ def recentre(
     return grid
 
 # %% ../nbs/api/12_features.ipynb #01688f3d
+def compared_layers(
+    encoder: Encoder,  # whatever its kind
+) -> list[int] | None:  # blocks, 1 is the first; None for an encoder that was not trained so
+    "By which blocks an encoder was trained to compare patches, see `pretrain_contrastive`."
+    return getattr(encoder.vit.config, "compared_layers", None) if isinstance(encoder, ViTEncoder) else None
+
+
+def has_learned_to_compare(
+    encoder: Encoder,  # whatever its kind, with the blocks that are used
+) -> bool:  # False also where other blocks are used than it was trained by
+    "Whether its embeddings are those that it was trained to compare."
+    layers = compared_layers(encoder)
+    return layers is not None and encoder.layers == layers
+
+
 def with_layers(
     encoder: Encoder,  # whatever its kind
     layers: int | float | Sequence[int] | None,  # blocks by number, 1 is the first; how many; how deep; None: as they are
@@ -166,7 +182,7 @@ def with_layers(
                        "as in the default recipe, was expected. Leave layers out, or use a ViTEncoder.")
     blocks = encoder.vit.config.num_hidden_layers
     if share:
-        layers = getattr(encoder.vit.config, "compared_layers", None) or [max(1, round(blocks * layers))]
+        layers = compared_layers(encoder) or [max(1, round(blocks * layers))]
     elif isinstance(layers, (int, float)):
         if layers not in range(1, blocks + 1):
             raise AoiError(f"layers is {layers}; 1 to {blocks} blocks, their numbers, or a share of the depth were expected.")

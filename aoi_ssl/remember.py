@@ -21,8 +21,8 @@ from .core import AoiError, real_number, whole_number
 from .data import ImageList, channel_count, class_names, native_item
 from .files import to_unit
 from .encoder import Encoder
-from .features import FeatureSpace, between_grids, embed, fit_space, grid_corner, grid_keys, in_bfloat16, layer_count
-from .features import sample_drifted, sample_embeddings, shift_offsets, with_layers
+from .features import FeatureSpace, between_grids, embed, fit_space, grid_corner, grid_keys, has_learned_to_compare, in_bfloat16
+from .features import layer_count, sample_drifted, sample_embeddings, shift_offsets, with_layers
 from .patches import patchify_mask, shows_any
 from .search import MOST_EXACT, MaskRows, index_bytes, pack_bits, stored_keys
 
@@ -36,7 +36,7 @@ class Recipe:
     centre: str = "none"  # take away the mean embedding of the "bank", or that of each "window", or "none"
     whiten: int | None = None  # dimensions of whitened keys, at most; None: not whitened
     shrink: float = 1.0  # of the whitening: share of the mean variance that is added to each direction
-    steady: bool = False  # whiten by how far simulated drift moves embeddings, instead of by their variance
+    steady: bool = False  # whiten by how far simulated drift moves embeddings, not by their variance; see `learn_space`
     bfloat16: bool = False  # encode in bfloat16, where the processor is quick at it
     bank_shifts: int = 1  # grids on which an image is remembered: 1, 2, 4 ...; beyond 16, only patches with an edge of a class
     between: bool = False  # also remember patches with an edge on the grids between, their keys interpolated
@@ -315,12 +315,15 @@ def learn_space(
     seed: int = 0,  # of the samples
     **changes: object,  # options of `Recipe` that are to be different
 ) -> FeatureSpace:  # embedding -> key
-    "The feature space that a recipe asks for."
+    """The feature space that a recipe asks for.
+
+    An encoder that was trained to compare (`pretrain_contrastive`) is steady already: it is whitened by variance, `steady` or not."""
     recipe = make_recipe(method, **changes)
     if recipe.position == "keep" and recipe.centre != "bank" and not recipe.whiten and recipe.layers is None:
         return FeatureSpace()
     encoder = seeing(encoder, recipe)
-    sample = sample_drifted if recipe.steady else sample_embeddings
+    simulated = recipe.steady and not has_learned_to_compare(encoder)
+    sample = sample_drifted if simulated else sample_embeddings
     x, places, *drifted = sample(dataset, encoder, size=size, centred=recipe.centre == "window", seed=seed)
     options = {name: getattr(recipe, name) for name in ("position", "whiten", "shrink")}
     options["centre"] = recipe.centre == "bank"

@@ -15,6 +15,7 @@ from aoi_ssl.data import channel_stats, load_folder
 from aoi_ssl.encoder import Encoder, ViTEncoder
 from aoi_ssl.features import with_layers
 from aoi_ssl.pretrain import pretrain
+from aoi_ssl.remember import learn_space
 from aoi_ssl.synthetic import Drift, render_folder
 
 SMALL = {"encoder": "nano", "patch_size": 8, "crop": 64, "batch_size": 4, "progress": False}
@@ -181,6 +182,13 @@ def test_a_bank_compares_by_the_block_that_was_trained_to(pair, tmp_path):
     assert with_layers(result.encoder, [1]).layers == [1]
     more = pretrain(pair[0], start_from=folder, crop=64, batch_size=4, budget="1 steps", progress=False)
     assert with_layers(more.encoder, 1 / 3).layers == [1]
+
+
+def test_a_bank_of_an_encoder_that_compares_is_whitened_by_variance(pair):
+    "It is steady already; read by another block it is like any other encoder."
+    encoder = pretrain_contrastive(pair[0], **SMALL, budget="1 steps").encoder
+    plain, early = (learn_space(pair[0], encoder, method="fast", size=64, **changes) for changes in ({}, {"layers": [1]}))
+    assert [step.kind for step in plain.steps] == ["whiten"] and [step.kind for step in early.steps] == ["steady"]
 
 
 def test_the_default_crop_leaves_room_for_the_reach(pair):
