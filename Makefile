@@ -39,7 +39,7 @@ bench: install-dev  ## rendering and import figures
 bench-pretrain: install-dev  ## pre-training against the plain ViTMAE loop of the transformers example: speed, memory, profile, bf16
 	@$(VENV)/bin/python tools/bench_pretrain.py $(ARGS)
 
-compare: install-dev  ## masked autoencoding, DINO, iBOT and Hiera on equal CPU seconds; prints the kept table, ARGS=--fresh runs it all anew
+compare: install-dev  ## masked autoencoding, DINO, iBOT, Hiera and contrast on equal CPU seconds; prints the kept table, ARGS=--fresh runs it all anew
 	@$(VENV)/bin/python tools/compare_objectives.py $(ARGS)
 	@$(VENV)/bin/python tools/compare_objectives.py --study longer $(ARGS)
 

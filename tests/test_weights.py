@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 import aoi_ssl
 from aoi_ssl.core import AoiError
 from aoi_ssl.encoder import Encoder
+from aoi_ssl.features import compared_layers
 from aoi_ssl.pretrain import load_pretrained
 from aoi_ssl.weights import PACKED, pack_weights, resolve_encoder, shipped_encoders, unpack_weights
 
-NAMES = ("aoi-mae-small", "aoi-mae-tiny")
+NAMES = ("aoi-contrastive-tiny", "aoi-mae-small", "aoi-mae-tiny")
 
 
 def test_a_row_is_scaled_by_its_largest_weight():
@@ -47,9 +48,18 @@ def test_a_shipped_encoder_is_whole(name):
     assert encoder.fingerprint() == about["fingerprint"] and encoder.patch_size == 16
     card = (folder / "README.md").read_text()
     assert all(word in card for word in ("## Data", "## Recipe", "## Scores", "## Limits", "tools/make_weights.py"))
-    mae = load_pretrained(name).mae
-    assert not mae.vit.embeddings.position_embeddings.requires_grad
-    assert mae.vit.embeddings.position_embeddings.abs().sum() > 0 and mae.decoder.decoder_pos_embed.abs().sum() > 0
+    positions = encoder.vit.embeddings.position_embeddings
+    assert not positions.requires_grad and positions.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "mae" in name])
+def test_a_shipped_autoencoder_has_its_decoder(name):
+    assert load_pretrained(name).mae.decoder.decoder_pos_embed.abs().sum() > 0
+
+
+def test_the_encoder_that_compares_says_by_which_block():
+    assert compared_layers(Encoder.from_pretrained("aoi-contrastive-tiny")) == [6]
+    assert all(compared_layers(Encoder.from_pretrained(name)) is None for name in NAMES if "mae" in name)
 
 
 def test_a_shipped_encoder_has_learned_to_draw():
