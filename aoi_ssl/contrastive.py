@@ -80,9 +80,10 @@ def paired_batches(
                 codes = draws["codes"] if codes is None else codes
                 images = turn_and_flip(images, codes.to(images.device))
             view, patches = cut_views(images, corners[:, n], size=size, patch_size=patch_size)
-            views.append((view if augment is None else change_light(augment, view, draws), patches))
+            view = view if augment is None else change_light(augment, view, draws)
+            views.append((encoder.normalise(view.to(encoder.mean)), patches))
         pixels, patches = map(torch.stack, zip(*views, strict=True))
-        return {"pixels": encoder.normalise(pixels.to(encoder.mean)), "patches": patches}
+        return {"pixels": pixels, "patches": patches}
 
     return at
 
@@ -159,6 +160,19 @@ CONTRASTIVE_LR = 8e-3  # for a batch of 256 pairs
 CHANGES = Augment(contrast=0.5, gamma=0.5, binary=0.05)  # of the views
 
 
+def _crop_within(side: int, patch_size: int) -> int:
+    "The largest view that leaves room for its default reach."
+    return max(1, side // patch_size * 7 // 9) * patch_size
+
+
+def _check_room(dataset, *, crop: int, region: int, patch_size: int) -> None:
+    "Raise `AoiError` where views fit into the images, but not at two corners."
+    side = min([region, *dataset["height"], *dataset["width"]])
+    if crop <= side < region:
+        raise AoiError(f"Views of {crop} pixels at two corners need {region} pixels, but the smallest image has a side of {side}. "
+                       f"Choose crop={_crop_within(side, patch_size)} and no reach, or leave small images out.")
+
+
 def _start(dataset, asked: dict, start_from, crop: int | None, reach: int | None) -> tuple:
     "The configuration of the ViT, the reach of the views in patches, and the encoder to go on from, if any."
     channels = channel_count(dataset)
@@ -167,7 +181,7 @@ def _start(dataset, asked: dict, start_from, crop: int | None, reach: int | None
     patch_size = shape["patch_size"]
     if crop is None:
         region = default_crop(dataset, most=224 + default_reach(224, patch_size) * patch_size, patch_size=patch_size)
-        crop = max(1, region // patch_size * 7 // 9) * patch_size
+        crop = _crop_within(region, patch_size)
     reach = default_reach(crop, patch_size) if reach is None else whole_number("reach", reach, 1)
     config = mae_config(shape["encoder"] or "tiny", channels=channels, patch_size=patch_size, image_size=crop)
     if old is not None:
@@ -192,14 +206,16 @@ def _match(model: PatchMatcher, batch: dict) -> Tensor:
     return model(batch)
 
 # %% ../nbs/api/10_contrastive.ipynb #0c0ffef3
-def _open_twins(twins, crops: CropStore, *, cell: int) -> CropStore | None:
-    "The twins, decoded. Raises `AoiError` unless they are pictures of the same sizes in the same order."
+def _open_twins(twins, crops: CropStore, process, *, cell: int) -> CropStore | None:
+    "The twins, decoded. Raises `AoiError` unless they are pictures of the same names and sizes in the same order."
     if twins is None:
         return None
-    store = twins if isinstance(twins, CropStore) else store_images(twins, cell=cell)
+    store = open_crops(twins, twins if isinstance(twins, CropStore) else None, process, cell=cell, seed=crops.seed)
     if store.channels != crops.channels or not torch.equal(store.images, crops.images):
         raise AoiError(f"The twins are {store} with {store.channels} channels, the images {crops} with {crops.channels}; the same "
                        "number, sizes and order were expected. Render or load both alike.")  # fmt: skip
+    if wrong := [pair for pair in zip(crops.about["images"], store.about["images"], strict=True) if len({*pair}) > 1]:
+        raise AoiError("The twin of {} is named {}; the same name was expected. Name twins alike, in two folders.".format(*wrong[0]))
     return store
 
 # %% ../nbs/api/10_contrastive.ipynb #0c0ffef4
@@ -243,9 +259,11 @@ def pretrain_contrastive(
     plan = {"budget": budget, "precision": precision, "weight_decay": weight_decay, "warmup": warmup, "report_to": report_to,
             "base_lr": base_lr}
     real_number("temperature", temperature, above=True)
+    for images in (dataset, *([] if validation is None else [validation])):
+        _check_room(images, crop=config.image_size, region=region, patch_size=config.patch_size)
     check_run(dataset, size=region, batch_size=batch_size, **plan, validation=validation, patience=patience)
     crops = open_crops(dataset, crops, process, cell=region, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
-    change, other = CHANGES if augment is True else augment or None, _open_twins(twins, crops, cell=region)
+    change, other = CHANGES if augment is True else augment or None, _open_twins(twins, crops, process, cell=region)
     inner, model = _matcher(config, crops, old, seed, process.device, temperature)
     held_out = None if validation is None else paired_batches(store_images(validation, cell=region), inner, **sizes, augment=change)
     history, kept = learn(

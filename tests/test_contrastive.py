@@ -200,7 +200,9 @@ def test_the_default_crop_leaves_room_for_the_reach(pair):
     ("wrong", "message"),
     [
         ({"crop": 60}, "60.*multiple of the patch size 8"),
-        ({"crop": 128}, "smaller than|144"),
+        ({"crop": 128}, "Views of 128 pixels at two corners need 160 pixels, .* a side of 128. Choose crop=96"),
+        ({"crop": 64, "reach": 9}, "need 136 pixels, .* Choose crop=96 and no reach"),
+        ({"crop": 136}, "smaller than a crop"),
         ({"reach": 0}, "reach is 0"),
         ({"temperature": 0}, "temperature is 0"),
         ({"patience": 2}, "nothing to validate on"),
@@ -214,3 +216,5 @@ def test_wrong_plans_are_refused(pair, wrong, message):
 def test_twins_of_other_pictures_are_refused(pair):
     with pytest.raises(AoiError, match="same .*number, sizes and order were expected"):
         pretrain_contrastive(pair[0], **SMALL, budget="1 steps", twins=pair[1].select(range(5)))
+    with pytest.raises(AoiError, match="The twin of .*/im000 is named .*/im001; the same name"):
+        pretrain_contrastive(pair[0], **SMALL, budget="1 steps", twins=pair[1].select([1, 0, *range(2, 9)]))
