@@ -24,7 +24,7 @@ from .crops import CropStore, crop_places, cut_crops, open_crops, store_images
 from .data import channel_count, names_digest
 from .encoder import ViTEncoder, block_outputs, mae_config, new_vit
 from .pretrain import check_run, default_crop, finish_run, held_out_loss, learn, save_run, shape_of
-from .pretrain import without_positions, write_packed_vit
+from .pretrain import without_positions, write_encoder, write_packed_vit
 from .snapshots import Snapshots
 from .train import Budget, checkpoint_beside, parse_budget
 
@@ -142,13 +142,7 @@ class PretrainedContrastive:
         packed: bool = False,  # a byte a weight: a quarter of the size, for sharing; transformers cannot read it
     ) -> None:
         "Write the encoder's folder, which `Encoder.from_pretrained` opens, and history.csv: whole, or not at all."
-        save_run(self, folder, _write_packed if packed else _write, overwrite=overwrite)
-
-
-def _write(self: PretrainedContrastive, folder: Path) -> None:
-    "A folder that transformers can read too."
-    self.encoder.write_weights(folder)
-    self.encoder.write_manifest(folder)
+        save_run(self, folder, _write_packed if packed else write_encoder, overwrite=overwrite)
 
 
 def _write_packed(self: PretrainedContrastive, folder: Path) -> None:
@@ -206,17 +200,22 @@ def _match(model: PatchMatcher, batch: dict) -> Tensor:
     return model(batch)
 
 # %% ../nbs/api/10_contrastive.ipynb #0c0ffef3
-def _open_twins(twins, crops: CropStore, process, *, cell: int) -> CropStore | None:
-    "The twins, decoded. Raises `AoiError` unless they are pictures of the same names and sizes in the same order."
-    if twins is None:
-        return None
-    store = open_crops(twins, twins if isinstance(twins, CropStore) else None, process, cell=cell, seed=crops.seed)
-    if store.channels != crops.channels or not torch.equal(store.images, crops.images):
-        raise AoiError(f"The twins are {store} with {store.channels} channels, the images {crops} with {crops.channels}; the same "
-                       "number, sizes and order were expected. Render or load both alike.")  # fmt: skip
-    if wrong := [pair for pair in zip(crops.about["images"], store.about["images"], strict=True) if len({*pair}) > 1]:
-        raise AoiError("The twin of {} is named {}; the same name was expected. Name twins alike, in two folders.".format(*wrong[0]))
-    return store
+def _pictures(of) -> list[tuple]:
+    "Stem, height, width and channels of each picture of a dataset or a CropStore."
+    if isinstance(of, CropStore):
+        return [(stem, *size, of.channels) for stem, size in zip(of.about["images"], of.images[:, 1:].tolist(), strict=True)]
+    return [(*facts, channel_count(of)) for facts in zip(of["stem"], of["height"], of["width"], strict=True)]
+
+
+def _check_twins(dataset, twins) -> None:
+    "Raise `AoiError` unless the twins are pictures of the same names, sizes and channels in the same order. None is opened."
+    images, others = _pictures(dataset), _pictures(twins)
+    if len(images) != len(others):
+        raise AoiError(f"There are {len(others)} twins of {len(images)} images; one for each was expected, in the same order.")
+    for one, two in zip(images, others, strict=True):
+        if one != two:
+            raise AoiError("The twin of {} ({} x {} pixels, {} channels) is {} ({} x {} pixels, {} channels); the same name, size and "
+                           "channels were expected. Name twins alike, in two folders.".format(*one, *two))  # fmt: skip
 
 # %% ../nbs/api/10_contrastive.ipynb #0c0ffef4
 def pretrain_contrastive(
@@ -262,12 +261,15 @@ def pretrain_contrastive(
     for images in (dataset, *([] if validation is None else [validation])):
         _check_room(images, crop=config.image_size, region=region, patch_size=config.patch_size)
     check_run(dataset, size=region, batch_size=batch_size, **plan, validation=validation, patience=patience)
+    if twins is not None:
+        _check_twins(dataset, twins)
+        twins = open_crops(twins, twins if isinstance(twins, CropStore) else None, process, cell=region, seed=seed)
     crops = open_crops(dataset, crops, process, cell=region, seed=seed, checkpoint=checkpoint, resume=resume, progress=progress)
-    change, other = CHANGES if augment is True else augment or None, _open_twins(twins, crops, process, cell=region)
+    change = CHANGES if augment is True else augment or None
     inner, model = _matcher(config, crops, old, seed, process.device, temperature)
     held_out = None if validation is None else paired_batches(store_images(validation, cell=region), inner, **sizes, augment=change)
     history, kept = learn(
-        model, _match, paired_batches(crops, inner, twins=other, **sizes, processes=process.num_processes, augment=change), inner,
+        model, _match, paired_batches(crops, inner, twins=twins, **sizes, processes=process.num_processes, augment=change), inner,
         dataset=dataset, crops=crops, config=config, batch_size=batch_size, augment=change, **plan,
         settings={"start_from": str(start_from), "validation": validation and names_digest(validation), "twins": twins is not None,
                   "reach": reach, "temperature": temperature},

@@ -27,7 +27,7 @@ from .core import AoiError, real_number, step_seed, whole_number
 from .crops import CropStore, open_crops, store_images
 from .data import channel_count
 from .encoder import ViTEncoder, mae_config, new_vit
-from .pretrain import check_run, default_crop, finish_run, learn, save_run
+from .pretrain import check_run, default_crop, finish_run, learn, save_run, write_encoder
 from .snapshots import Snapshots
 from .train import Budget, checkpoint_beside, parse_budget
 
@@ -511,13 +511,7 @@ class Distilled:
         overwrite: bool = False,  # replace a folder that is not empty
     ) -> None:
         "Write the encoder's folder, which `Encoder.from_pretrained` opens, and history.csv: whole, or not at all."
-        save_run(self, folder, _write_encoder, overwrite=overwrite)
-
-
-def _write_encoder(self: Distilled, folder: Path) -> None:
-    "The teacher's ViT, which transformers can read too."
-    self.encoder.write_weights(folder)
-    self.encoder.write_manifest(folder)
+        save_run(self, folder, write_encoder, overwrite=overwrite)
 
 # %% ../nbs/api/10_distill.ipynb #a455bb6a
 def _plan(dataset, encoder: str, crop: int | None, patch_size: int, views: Views | None) -> tuple:

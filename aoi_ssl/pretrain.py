@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWN_LR', 'ADAPT_LR', 'base_rate', 'decays', 'decay_groups', 'Reconstruction', 'Pretrained', 'without_positions',
-           'save_run', 'write_autoencoder', 'write_packed_vit', 'holds_autoencoder', 'load_pretrained',
+           'save_run', 'write_encoder', 'write_autoencoder', 'write_packed_vit', 'holds_autoencoder', 'load_pretrained',
            'visible_statistics', 'default_crop', 'shape_of', 'masked_batches', 'finish_run', 'check_run', 'masked_loss',
            'held_out_loss', 'learn', 'pretrain']
 
@@ -135,6 +135,15 @@ def save_run(
         with quiet():
             write(result, aside)
         result.history.to_csv(aside / "history.csv", index=False)
+
+
+def write_encoder(
+    result,  # of a run without labels: has `encoder`
+    folder: Path,  # an empty one
+) -> None:
+    "Write the encoder alone, in a folder that transformers can read too."
+    result.encoder.write_weights(folder)
+    result.encoder.write_manifest(folder)
 
 
 def write_autoencoder(

@@ -213,8 +213,12 @@ def test_wrong_plans_are_refused(pair, wrong, message):
         pretrain_contrastive(pair[0], **(SMALL | {"budget": "1 steps"} | wrong))
 
 
-def test_twins_of_other_pictures_are_refused(pair):
-    with pytest.raises(AoiError, match="same .*number, sizes and order were expected"):
-        pretrain_contrastive(pair[0], **SMALL, budget="1 steps", twins=pair[1].select(range(5)))
-    with pytest.raises(AoiError, match="The twin of .*/im000 is named .*/im001; the same name"):
-        pretrain_contrastive(pair[0], **SMALL, budget="1 steps", twins=pair[1].select([1, 0, *range(2, 9)]))
+@pytest.mark.parametrize("decoded", [False, True], ids=["a dataset", "a store"])
+def test_twins_of_other_pictures_are_refused_before_an_image_is_decoded(pair, decoded, monkeypatch):
+    few, swapped = (pair[1].select(rows) for rows in (range(5), [1, 0, *range(2, 9)]))
+    few, swapped = (store_images(part, cell=80) if decoded else part for part in (few, swapped))
+    monkeypatch.setattr("aoi_ssl.contrastive.open_crops", None)
+    other = r"The twin of .*/im000 \(128 x 128 .* is .*/im001 .* the same name"
+    for twins, message in (few, "There are 5 twins of 9 images"), (swapped, other):
+        with pytest.raises(AoiError, match=message):
+            pretrain_contrastive(pair[0], **SMALL, budget="1 steps", twins=twins)

@@ -72,13 +72,13 @@ def train(name: str, data: Path, out: Path, budget: str, seed: int, resume: bool
     from aoi_ssl.augment import Augment
     from aoi_ssl.crops import CropStore
 
-    images, *twins = (CropStore(data / "crops" / part) for part in ("images", "twins"))
+    decoded = lambda part: CropStore(data / "crops" / part)
     verb, options = RECIPES[name]
     if verb == "pretrain_contrastive":
-        options = options | {"twins": twins[0]}
+        options = options | {"twins": decoded("twins")}
     change = Augment(contrast=0.5, gamma=0.5, binary=0.05)
-    result = getattr(aoi_ssl, verb)(images_of(data, "images"), out, crops=images, budget=budget, augment=change, seed=seed, resume=resume,
-                                    overwrite=True, **options)
+    options = options | {"crops": decoded("images"), "augment": change, "budget": budget, "seed": seed, "resume": resume}
+    result = getattr(aoi_ssl, verb)(images_of(data, "images"), out, overwrite=True, **options)
     history = result.history
     if PartialState().is_main_process:
         print(f"{name}: {len(history)} steps, loss {history.loss.tail(100).mean():.4f}, {history.seconds.iloc[-1]:.0f} s")
